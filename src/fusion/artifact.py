@@ -1,0 +1,69 @@
+"""A folder that is made once: found again by the hash of what made it, whole or not there, safe under kill -9.
+
+Layout: `<root>/<kind>/<hash>/manifest.json` beside the files it names. Work happens in `<hash>.partial`, which a
+later process continues; the rename is the commit. A lock makes a second process wait and then use the result.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+MANIFEST = "manifest.json"
+
+
+def fingerprint(recipe: Any) -> str:
+    """Sixteen hex digits of the canonical JSON of `recipe`."""
+    text = json.dumps(recipe, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """`path` holds all of `data` or what it held before, also after a power cut."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def artifact(root: Path, kind: str, recipe: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> Path:
+    """The folder that `recipe` describes, built if it is not there yet.
+
+    `build(partial)` fills the folder `partial` (it may hold finished pieces of a killed run) and returns what the
+    manifest should say besides the recipe: counts, figures. Checksums of all files are added here.
+    """
+    folder = Path(root) / kind / fingerprint(recipe)
+    if (folder / MANIFEST).exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / MANIFEST).exists():
+            return folder
+        partial = folder.with_name(f"{folder.name}.partial")
+        partial.mkdir(exist_ok=True)
+        facts = build(partial)
+        files = sorted(p for p in partial.rglob("*") if p.is_file() and not p.name.startswith("."))
+        sums = {str(p.relative_to(partial)): checksum(p) for p in files if p.name != MANIFEST}
+        write_json(partial / MANIFEST, {"kind": kind, "recipe": recipe, **facts, "files": sums})
+        os.replace(partial, folder)
+    return folder
