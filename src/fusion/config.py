@@ -23,9 +23,7 @@ class UserError(ValueError):
     """A mistake of the user's. The message is one line that names the option or file and the remedy."""
 
 
-def key(
-    default: Any, meaning: str, choices: tuple = (), low: float | None = None, high: float | None = None
-) -> Any:
+def key(default: Any, meaning: str, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
     """A config key: its default (or a type to build it), what it means, what it may be."""
     metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high}
     if callable(default):
@@ -123,9 +121,7 @@ class Externalize:
 @dataclass
 class Alignment:
     criterion: str = key("em", "which positions and candidates match", ("em", "mined", "ms", "span"))
-    collision: str = key(
-        "sum", "two candidates on one target id: add them, or keep the larger", ("sum", "max")
-    )
+    collision: str = key("sum", "two candidates on one target id: add them, or keep the larger", ("sum", "max"))
     fallback: str = key(
         "next_token",
         "a position without a match: one-hot on the gold next token, or no loss",
@@ -243,9 +239,7 @@ class Run:
     trainer: Trainer = key(Trainer, "devices, batches, steps")
     merges: dict[str, dict[str, Any]] = key(dict, "fuse.py: the merges of the pairwise targets, by name")
     granularity: str = key("matrix", "VaRM's parameter unit", ("model", "layer", "matrix", "parameter"))
-    arms: list[str] = key(
-        lambda: ["text_only", "fusellm", "fusechat"], "fuse.py: what is trained and compared"
-    )
+    arms: list[str] = key(lambda: ["text_only", "fusellm", "fusechat"], "fuse.py: what is trained and compared")
     seeds: list[int] = key(lambda: [0, 1], "fuse.py: training seeds")
     evaluation: Evaluation = key(Evaluation, "fuse.py: what measures")
     logger: Logger = key(Logger, "CSV and W&B")
@@ -323,9 +317,7 @@ def options_of(where: str, chosen: dict[str, Any], role: str) -> tuple[Callable,
     hints = typing.get_type_hints(function)
     for option, value in options.items():
         if option not in known:
-            raise UserError(
-                f"{where}.{option} is no key of {name.rpartition('.')[2]}{nearest(option, list(known))}"
-            )
+            raise UserError(f"{where}.{option} is no key of {name.rpartition('.')[2]}{nearest(option, list(known))}")
         options[option] = _typed(f"{where}.{option}", value, hints.get(option, Any))
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
     if missing:
@@ -349,9 +341,7 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
         if isinstance(arm, type) and isinstance(value, arm) and (arm is bool or not isinstance(value, bool)):
             return value
     if typing.get_origin(hint) is typing.Literal:
-        raise UserError(
-            f"{where}={value}: not a choice{nearest(str(value), [str(a) for a in typing.get_args(hint)])}"
-        )
+        raise UserError(f"{where}={value}: not a choice{nearest(str(value), [str(a) for a in typing.get_args(hint)])}")
     raise UserError(f"{where}={value}: should be {getattr(hint, '__name__', hint)}")
 
 
@@ -377,16 +367,10 @@ def _check_run(config: Run) -> None:
     models = {"target": config.target} | {f"sources.{name}": llm for name, llm in config.sources.items()}
     for name, llm in models.items():
         if bool(llm.path) == bool(llm.grow.architecture):
-            what = (
-                "both a path and a recipe to grow it"
-                if llm.path
-                else "neither a path nor a recipe to grow it"
-            )
+            what = "both a path and a recipe to grow it" if llm.path else "neither a path nor a recipe to grow it"
             raise UserError(f"{name} has {what}: set {name}.path to a Hugging Face folder or hub name")
     if config.corpus.source != "stdlib" and not config.corpus.path:
-        raise UserError(
-            f"corpus.path is empty: corpus.source={config.corpus.source} needs a file, folder or data set"
-        )
+        raise UserError(f"corpus.path is empty: corpus.source={config.corpus.source} needs a file, folder or data set")
     if config.objective.tail == "bucket" and config.objective.temperature != 1:
         raise UserError("objective.tail=bucket is defined at temperature 1: set objective.temperature=1")
     if config.alignment.normalise == "reference" and config.alignment.criterion == "span":
