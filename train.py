@@ -1,0 +1,7 @@
+"""train.py trains the target on λ·CLM + (1−λ)·fusion; distributions that are missing are computed first. Usage: python train.py --help."""
+
+from fusion.launch import main
+from fusion.stages import train
+
+if __name__ == "__main__":
+    main("train", train)
