@@ -1,4 +1,4 @@
-"""fuse.py runs the main job: precompute, train, merge, evaluate, report. What is done already is found again. Usage: python fuse.py --help."""
+"""The main job, end to end: python fuse.py --help"""
 
 from fusion.launch import main
 from fusion.stages import fuse

@@ -1,4 +1,4 @@
-"""precompute.py runs the sources over the corpus, keeps their top-K and aligns it to the target's tokens. Usage: python precompute.py --help."""
+"""Run the sources over the corpus, keep their top-K, align it to the target: python precompute.py --help"""
 
 from fusion.launch import main
 from fusion.stages import precompute

@@ -1,4 +1,4 @@
-"""train.py trains the target on λ·CLM + (1−λ)·fusion; distributions that are missing are computed first. Usage: python train.py --help."""
+"""Train the target on λ·CLM + (1−λ)·fusion: python train.py --help"""
 
 from fusion.launch import main
 from fusion.stages import train

@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as distributed
 from filelock import FileLock
 
 MANIFEST = "manifest.json"
@@ -46,24 +48,36 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text())
 
 
-def artifact(root: Path, kind: str, recipe: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> Path:
+def artifact(
+    root: Path, kind: str, recipe: dict[str, Any], build: Callable[[Path], dict[str, Any]], together: bool = False
+) -> Path:
     """The folder that `recipe` describes, built if it is not there yet.
 
     `build(partial)` fills the folder `partial` (it may hold finished pieces of a killed run) and returns what the
     manifest should say besides the recipe: counts, figures. Checksums of all files are added here.
+    With `together` every rank of torch.distributed takes part in `build` (a training run) and the first one commits;
+    otherwise the first process to come builds and the others wait.
     """
     folder = Path(root) / kind / fingerprint(recipe)
-    if (folder / MANIFEST).exists():
-        return folder
+    together = together and distributed.is_available() and distributed.is_initialized()
+    leads = not together or distributed.get_rank() == 0
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if (folder / MANIFEST).exists():
-            return folder
-        partial = folder.with_name(f"{folder.name}.partial")
-        partial.mkdir(exist_ok=True)
-        facts = build(partial)
-        files = sorted(p for p in partial.rglob("*") if p.is_file() and not p.name.startswith("."))
-        sums = {str(p.relative_to(partial)): checksum(p) for p in files if p.name != MANIFEST}
-        write_json(partial / MANIFEST, {"kind": kind, "recipe": recipe, **facts, "files": sums})
-        os.replace(partial, folder)
+    with FileLock(f"{folder}.lock") if leads else nullcontext():
+        there = [(folder / MANIFEST).exists()]
+        if together:
+            distributed.broadcast_object_list(there)
+        if not there[0]:
+            partial = folder.with_name(f"{folder.name}.partial")
+            partial.mkdir(exist_ok=True)
+            facts = build(partial)
+            if leads:
+                _commit(partial, folder, {"kind": kind, "recipe": recipe, **facts})
+    if together:
+        distributed.barrier()
     return folder
+
+
+def _commit(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
+    files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST and not p.name.startswith("."))
+    write_json(partial / MANIFEST, manifest | {"files": {str(p.relative_to(partial)): checksum(p) for p in files}})
+    os.replace(partial, folder)

@@ -266,6 +266,7 @@ class CompareJobs(Callback):
 
 def compare_jobs(folder: Path) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     rows = []
@@ -277,9 +278,9 @@ def compare_jobs(folder: Path) -> None:
         return
     columns = list(dict.fromkeys(k for *_, figures in rows for k in figures))
     cells = [[n, o, *(f"{f[c]:.4g}" if c in f else "" for c in columns)] for n, o, f in rows]
-    table = Table("job", "overrides", *columns, title=str(folder))
+    table = Table("job", "overrides", *columns, title=escape(str(folder)))
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)
     head = ["job", "overrides", *columns]
     lines = [head, ["---"] * len(head), *cells]
