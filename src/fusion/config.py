@@ -144,7 +144,7 @@ class Objective:
     tail: str = key(
         "renormalize", "the mass top-K left out: scale to 1, or keep as one bucket", ("renormalize", "bucket")
     )
-    chunk: int = key(512, "positions whose logits exist at one time", low=1)
+    chunk: int = key(0, "positions whose logits exist at one time; 0: 256 on a CPU, 2048 on a GPU", low=0)
 
 
 @dataclass
@@ -327,7 +327,7 @@ def options_of(where: str, chosen: dict[str, Any], role: str) -> tuple[Callable,
 
 
 def _typed(where: str, value: Any, hint: Any) -> Any:
-    """`value` if it is of the annotated type (Literal, bool, int, float, str, list[...], or a union), else UserError."""
+    """`value` if it is of the annotated type (Literal, bool, int, float, str, list, union of these), else UserError."""
     arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for arm in arms:
         origin, inner = typing.get_origin(arm), typing.get_args(arm)

@@ -66,7 +66,7 @@ def avg_ce(
     weight_SBT = weights(ce_SBT.masked_fill(~present_SBT, torch.nan), weighting)
     ids = torch.cat([d.ids for d in distributions], -1)
     logprobs = torch.cat([d.logprobs + w[..., None].log() for d, w in zip(distributions, weight_SBT, strict=True)], -1)
-    return _add_equal(TopK(ids, logprobs))
+    return distinct(TopK(ids, logprobs))
 
 
 def winner(cross_entropies: Tensor) -> Tensor:
@@ -112,8 +112,8 @@ def _float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _add_equal(distribution: TopK) -> TopK:
-    """Entries of equal id become one that holds their probabilities' sum.
+def distinct(distribution: TopK) -> TopK:
+    """Entries of equal id become one that holds their probabilities' sum; ids ascend, the empty entries come last.
 
     Sorting by id makes equals neighbours, so a running count of the distinct ids is the slot each entry adds to.
     Probabilities are relative to the largest of the position, which keeps a position of tiny masses alive.
