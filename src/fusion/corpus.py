@@ -225,7 +225,7 @@ def _text_blocks(config: Corpus, tokenizer: PreTrainedTokenizerBase, text: str) 
         room = config.block_size
         while True:
             last = token + room >= len(starts) + 1
-            end = len(text) if last else _cut(text, begin, starts[token + room])
+            end = len(text) if last else _cut(text, begin, starts[min(token + room, len(starts) - 1)])
             ids, counted = tokenise(tokenizer, text[begin:end], False, end == len(text), None)
             if len(ids) <= config.block_size:
                 break
