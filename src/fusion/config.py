@@ -9,6 +9,7 @@ Merge methods and fusion functions are the exception: their keys are the keyword
 import dataclasses
 import difflib
 import inspect
+import keyword
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -260,6 +261,8 @@ class Merge:
     merge: dict[str, Any] = key(dict, "method: dotted name; the rest: its keyword parameters")
     granularity: str = key("matrix", "VaRM's parameter unit", ("model", "layer", "matrix", "parameter"))
     dtype: str = key("", "of the result; empty: the pivot's", ("", "float32", "bfloat16", "float16"))
+    conflicts: str = key("error", "tensors that do not match: stop, or keep the pivot's", ("error", "pivot"))
+    shard_gb: float = key(5.0, "size of an output file at most, in GB", low=1e-6)
     device: str = key("cpu", "cpu or cuda")
     threads: int = key(0, "worker threads; 0: one a core", low=0)
     overwrite: bool = key(False, "replace an output folder that holds something else")
@@ -316,9 +319,11 @@ def options_of(where: str, chosen: dict[str, Any], role: str) -> tuple[Callable,
         raise UserError(f"{where}.{role}={name}: no such function ({error})") from error
     known = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     hints = typing.get_type_hints(function)
+    options = {f"{o}_" if keyword.iskeyword(o) else o: v for o, v in options.items()}  # YAML's lambda is lambda_ here
     for option, value in options.items():
         if option not in known:
-            raise UserError(f"{where}.{option} is no key of {name.rpartition('.')[2]}{nearest(option, list(known))}")
+            keys = [k.rstrip("_") for k in known]
+            raise UserError(f"{where}.{option} is no key of {name.rpartition('.')[2]}{nearest(option, keys)}")
         options[option] = _typed(f"{where}.{option}", value, hints.get(option, Any))
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
     if missing:
