@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fusion"
 FLOORS = [
     {"config", "topk", "artifact"},
     {"alignment", "fusing", "objective", "merging"},
-    {"store", "corpus", "sources", "checkpoint", "head", "sharding", "tiny", "plan", "head"},
+    {"store", "corpus", "sources", "checkpoint", "head", "sharding", "tiny", "plan"},
     {"data", "module", "evaluation", "training"},
     {"stages", "launch"},
 ]
