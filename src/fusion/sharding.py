@@ -58,14 +58,14 @@ def build_target(config: Run, mesh: DeviceMesh | None) -> FusedLM:
     target = FusedLM(lm.train())
     target.places = where
     if mesh is None:
+        start_adapters(lm, config.seed)
         return target
     shard(target, _line(mesh), torch.bfloat16 if options.precision == "bf16-mixed" else None)
     device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
     target._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     lm.tie_weights()
     load_shards(lm, where, llm)
-    if llm.lora.rank:
-        start_adapters(lm, config.seed)
+    start_adapters(lm, config.seed)
     return target
 
 
@@ -222,7 +222,7 @@ def add_adapters(lm: nn.Module, lora: Lora) -> None:
 
 
 def start_adapters(lm: nn.Module, seed: int) -> None:
-    """What peft starts with, for adapters that were on the meta device: A uniform, B zero, the same on every rank."""
+    """What LoRA starts with, whatever the number of ranks: A uniform, B zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in lm.named_parameters():
         if ".lora_" in name:
