@@ -215,7 +215,7 @@ class Evaluation:
     tasks: list[str] = key(list, "harness: lm-eval task or group names")
     fewshot: int = key(-1, "harness: examples in the prompt; -1: the task's own", low=-1)
     data: str = key("", "harness, mt_bench: folder of local files; empty: the Hub")
-    limit: int = key(0, "examples per task; 0: all", low=0)
+    limit: int = key(0, "examples per task, evenly spread; 0: all", low=0)
     batch_size: int = key(8, "sequences per forward pass", low=1)
     max_new_tokens: int = key(512, "generation length", low=1)
     allow_code_execution: bool = key(False, "run model-written code in a sandboxed subprocess")
