@@ -243,6 +243,7 @@ class Run:
     granularity: str = key("matrix", "VaRM's parameter unit", ("model", "layer", "matrix", "parameter"))
     arms: list[str] = key(lambda: ["text_only", "fusellm", "fusechat"], "fuse.py: what is trained and compared")
     seeds: list[int] = key(lambda: [0, 1], "fuse.py: training seeds")
+    jobs: int = key(0, "fuse.py: models trained at a time; 0: one a core on a CPU, else one", low=0)
     evaluation: Evaluation = key(Evaluation, "fuse.py: what measures")
     logger: Logger = key(Logger, "CSV and W&B")
     artifacts: str = key("artifacts", "folder of everything that is computed once and found again")

@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
+import torch.distributed as distributed
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -70,13 +74,28 @@ def main(name: str, stage: Callable[[Any], dict[str, Any]]) -> None:
 
 def job(stage: Callable[[Any], dict[str, Any]], composed: DictConfig) -> float | None:
     """One job: the typed config to the stage, its figures to `result.json`; the score goes back to a sweeper."""
+    quiet()
     config = typed(composed)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if threads := getattr(getattr(config, "trainer", None), "threads", 0):
+        torch.set_num_threads(threads)
     with process_group(), wandb_run(config, composed, folder):
         figures = stage(config)
         if rank() == 0:
             (folder / RESULT).write_text(json.dumps(figures, indent=1, default=str) + "\n")
     return figures.get("score")
+
+
+def quiet() -> None:
+    """Libraries speak when something is wrong; progress and results are ours to show."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
 def typed(composed: DictConfig) -> Any:
@@ -195,8 +214,6 @@ def spawn_ranks(config: Any, sweep: bool) -> None:
             f"trainer.nodes={trainer.nodes}: start one process a device with Slurm, or on every node: torchrun "
             f"--nnodes {trainer.nodes} --nproc-per-node DEVICES --rdzv-endpoint HOST:PORT {' '.join(sys.argv)}"
         )
-    import torch
-
     devices = int(trainer.devices) if trainer.devices.isdigit() else max(1, torch.cuda.device_count())
     if devices == 1:
         return
@@ -211,9 +228,6 @@ def process_group() -> Iterator[None]:
     if world_size() == 1 or "MASTER_ADDR" not in os.environ:
         yield
         return
-    import torch
-    import torch.distributed as distributed
-
     if not distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

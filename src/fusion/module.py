@@ -16,7 +16,7 @@ from torch import Tensor
 from fusion.config import Run, UserError, options_of
 from fusion.data import Batch
 from fusion.fusing import weights, winner
-from fusion.objective import FusionLoss, fusion_loss
+from fusion.objective import FusionLoss
 from fusion.sharding import build_target
 from fusion.topk import TopK
 
@@ -35,7 +35,7 @@ class FusionModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         if self.target is None:
-            mesh = getattr(self, "device_mesh", None)
+            mesh = self.device_mesh if self.config.trainer.strategy == "fsdp" else None
             self.target = build_target(self.config, mesh)
 
     # --- the loss ----------------------------------------------------------------------------------------------------
@@ -91,8 +91,7 @@ class FusionModule(lightning.LightningModule):
         )
         counts = self.summed(counts)
         sums = torch.zeros(2, device=self.device, dtype=counts.dtype)
-        for number, (batch, f) in enumerate(zip(micro_batches, fused, strict=True)):
-            self.target.last_micro_batch(number == len(micro_batches) - 1)
+        for batch, f in zip(micro_batches, fused, strict=True):
             loss = self.loss(batch, f, counts[0], counts[1])
             # data-parallel gradients are averaged over the ranks, and ours are already divided by the global count
             self.manual_backward(loss.loss * self.trainer.world_size)
@@ -112,9 +111,9 @@ class FusionModule(lightning.LightningModule):
         figures |= self.shares(micro_batches)
         if self.device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        shown = ("clm", "fusion", "loss", "tokens_per_second")
-        self.log_dict({f"train/{k}": v for k, v in figures.items() if k not in shown})
-        self.log_dict({f"train/{k}": figures[k] for k in shown}, prog_bar=True)
+        self.log_dict({f"train/{k}": v for k, v in figures.items()})
+        shown = {"clm": clm, "fusion": fusion, "tokens/s": figures["tokens_per_second"]}
+        self.log_dict(shown, prog_bar=True, logger=False)
         self.clock = time.perf_counter()
 
     def summed(self, value: Tensor) -> Tensor:

@@ -1,27 +1,24 @@
 """Each stage as one function: config in, folder out, found again by the hash of what made it.
 
-Heavy imports stand inside the functions: a mistake on the command line should not wait for torch.
+Heavy imports stand inside the functions: a mistake on the command line should not wait for transformers.
 """
 
-import dataclasses
 import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as distributed
+
 from fusion.artifact import MANIFEST, artifact, fingerprint, read_manifest
-from fusion.config import LLM, Corpus, Evaluation, Objective, Optimizer, Run, Target, Trainer, UserError
+from fusion.config import LLM, Corpus, Objective, Optimizer, Run, Target, Trainer, UserError
 
 GROWING = Optimizer(lr=3e-3, betas=[0.9, 0.95], weight_decay=0.1, warmup_ratio=0.1)
 
 
 def precompute(config: Run) -> dict[str, Any]:
     """precompute.py: every source over the corpus, aligned to the target's tokens. Returns its figures."""
-    from fusion.plan import print_plan
-
-    if config.plan:
-        return print_plan(config)
     done = _distributions(resolve(config))
     figures = {"tokens": read_manifest(done.tokens).get("tokens", 0)}
     for name, folder in done.distributions.items():
@@ -32,10 +29,6 @@ def precompute(config: Run) -> dict[str, Any]:
 
 def train(config: Run) -> dict[str, Any]:
     """train.py: the target, trained; `output` is a Hugging Face folder. Returns its figures."""
-    from fusion.plan import print_plan
-
-    if config.plan:
-        return print_plan(config)
     if config.output:
         _refuse_foreign(Path(config.output))
     folder = _train(resolve(config))
@@ -104,6 +97,10 @@ def _distributions(config: Run) -> Any:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
 def _train(config: Run, alone: bool = False) -> Path:
     """The trained target as an artifact: checkpoints live in its partial folder, so the same command continues.
 
@@ -127,10 +124,10 @@ def _train(config: Run, alone: bool = False) -> Path:
         "held_out": config.corpus.held_out,
     }
     root, together = Path(config.artifacts), not alone
-    if alone and rank() != 0:
+    if alone and _rank() != 0:
         distributed.barrier()
     folder = artifact(root, "trained", recipe, lambda folder: fit(config, done, folder), together)
-    if alone and rank() == 0 and distributed.is_initialized():
+    if alone and _rank() == 0 and distributed.is_initialized():
         distributed.barrier()
     return folder
 
@@ -145,7 +142,7 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _publish(folder: Path, output: Path) -> Path:
-    """`folder` under the name the user gave: hard links where the disk allows, copies elsewhere; replaced as a whole."""
+    """`folder` under the name the user gave: hard links where the disk allows, else copies; replaced as a whole."""
     _refuse_foreign(output)
     if output.exists() and read_manifest(output)["recipe"] == read_manifest(folder)["recipe"]:
         return output

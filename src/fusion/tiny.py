@@ -19,7 +19,7 @@ EOS, UNKNOWN = "</s>", "<unk>"
 
 
 def train_tokenizer(texts: list[str], style: str, vocabulary: int) -> PreTrainedTokenizerFast:
-    """BPE of exactly `vocabulary` tokens at most: `bytes` (GPT-2's way) or `sentencepiece` (Llama's: ▁, byte fallback)."""
+    """BPE of at most `vocabulary` tokens, like GPT-2 (`bytes`) or Llama (`sentencepiece`: ▁, byte fallback)."""
     special = [UNKNOWN, EOS]
     if style == "bytes":
         tokenizer = Tokenizer(models.BPE())

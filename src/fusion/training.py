@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -28,8 +27,6 @@ def fit(config: Run, done: Precomputed, folder: Path) -> dict[str, Any]:
     `folder` may hold the checkpoints of a killed run: it continues from the last whole one.
     """
     options = config.trainer
-    if options.threads:
-        torch.set_num_threads(options.threads)
     lightning.seed_everything(config.seed, verbose=False)
     data = FusionData(config, done)
     steps = options.steps or options.epochs * data.steps_per_epoch
@@ -61,13 +58,20 @@ def fit(config: Run, done: Precomputed, folder: Path) -> dict[str, Any]:
     trainer.fit(module, data, ckpt_path=last, weights_only=True)
     figures = {k: float(v) for k, v in trainer.callback_metrics.items()}
     score = figures.get("validation/bits_per_byte", figures.get("train/loss"))
-    export(module.target, config, folder)
+    export(module.target, folder)
     if trainer.is_global_zero:
         load_tokenizer(config.target).save_pretrained(folder)
         write_atomic(folder / "README.md", _card(config, done, figures).encode())
         join_curves(folder)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return {"figures": {"score": score, "steps": steps, **figures}}
+
+
+class Bar(RichProgressBar):
+    """Lightning's bar without the number of the log folder."""
+
+    def get_metrics(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, Any]:
+        return {k: v for k, v in super().get_metrics(trainer, module).items() if k != "v_num"}
 
 
 def _strategy(config: Run) -> Strategy | str:
@@ -92,7 +96,7 @@ def _loggers(config: Run, folder: Path) -> list[Logger]:
 
 
 def _callbacks(config: Run, checkpoints: Path, validated: bool) -> list[Callback]:
-    callbacks: list[Callback] = [RichProgressBar(leave=True)] if config.trainer.progress else []
+    callbacks: list[Callback] = [Bar(leave=True)] if config.trainer.progress else []
     if config.trainer.checkpoint_every:
         every = config.trainer.checkpoint_every
         callbacks.append(ModelCheckpoint(checkpoints, "last-{step:08d}", save_top_k=1, every_n_train_steps=every))
