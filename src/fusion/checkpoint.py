@@ -19,7 +19,10 @@ def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
         UserError: there is none, or it cannot be read.
     """
     name = llm.tokenizer or llm.path
-    return _load(AutoTokenizer, name, "tokenizer", revision=llm.revision, trust_remote_code=llm.trust_remote_code)
+    tokenizer = _load(AutoTokenizer, name, "tokenizer", revision=llm.revision, trust_remote_code=llm.trust_remote_code)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder without one
+        raise UserError(f"{name}: no tokenizer there: set `tokenizer` to a folder or hub name that has one")
+    return tokenizer
 
 
 def load_config(llm: LLM) -> Any:
