@@ -1,7 +1,7 @@
 """The main job, end to end: python fuse.py --help"""
 
 from fusion.launch import main
-from fusion.stages import fuse
+from fusion.mainjob import fuse
 
 if __name__ == "__main__":
     main("fuse", fuse)

@@ -13,6 +13,7 @@ FLOORS = [
     {"store", "corpus", "sources", "checkpoint", "head", "sharding", "tiny", "plan"},
     {"data", "module", "evaluation", "training"},
     {"stages", "launch"},
+    {"mainjob"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(SOURCE.rglob("*.py"))

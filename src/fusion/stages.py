@@ -19,7 +19,7 @@ GROWING = Optimizer(lr=3e-3, betas=[0.9, 0.95], weight_decay=0.1, warmup_ratio=0
 
 def precompute(config: Run) -> dict[str, Any]:
     """precompute.py: every source over the corpus, aligned to the target's tokens. Returns its figures."""
-    done = _distributions(resolve(config))
+    done = distributions(resolve(config))
     figures = {"tokens": read_manifest(done.tokens).get("tokens", 0)}
     for name, folder in done.distributions.items():
         facts = read_manifest(folder)
@@ -30,8 +30,8 @@ def precompute(config: Run) -> dict[str, Any]:
 def train(config: Run) -> dict[str, Any]:
     """train.py: the target, trained; `output` is a Hugging Face folder. Returns its figures."""
     if config.output:
-        _refuse_foreign(Path(config.output))
-    folder = _train(resolve(config))
+        refuse_foreign(Path(config.output))
+    folder = train_target(resolve(config))
     figures = read_manifest(folder)["figures"]
     output = _publish(folder, Path(config.output)) if config.output else folder
     print(f"the trained model: {output}")
@@ -43,11 +43,11 @@ def train(config: Run) -> dict[str, Any]:
 
 def resolve(config: Run) -> Run:
     """The same config with every model that is to be grown grown, and its path filled in."""
-    grown = {name: _grown(llm, config) for name, llm in config.sources.items()}
-    return replace(config, target=_grown(config.target, config), sources=grown)
+    grown = {name: grown(llm, config) for name, llm in config.sources.items()}
+    return replace(config, target=grown(config.target, config), sources=grown)
 
 
-def _grown(llm: LLM, config: Run) -> LLM:
+def grown(llm: LLM, config: Run) -> LLM:
     if not llm.grow.architecture:
         return llm
     from fusion import corpus, tiny
@@ -79,13 +79,13 @@ def _grown(llm: LLM, config: Run) -> LLM:
         ),
         artifacts=config.artifacts,
     )
-    return replace(llm, path=str(_train(run, alone=True)), grow=replace(llm.grow, architecture=""))
+    return replace(llm, path=str(train_target(run, alone=True)), grow=replace(llm.grow, architecture=""))
 
 
 # --- distributions ---------------------------------------------------------------------------------------------------
 
 
-def _distributions(config: Run) -> Any:
+def distributions(config: Run) -> Any:
     """The stores that training streams from; with λ = 1 only the tokens."""
     from fusion.sources import precompute as run_sources
 
@@ -101,7 +101,7 @@ def _rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def _train(config: Run, alone: bool = False) -> Path:
+def train_target(config: Run, alone: bool = False) -> Path:
     """The trained target as an artifact: checkpoints live in its partial folder, so the same command continues.
 
     `alone`: one rank trains, the others wait (a tiny model does not need them all).
@@ -109,7 +109,7 @@ def _train(config: Run, alone: bool = False) -> Path:
     from fusion.checkpoint import fingerprint as weights
     from fusion.training import fit
 
-    done = _distributions(config)
+    done = distributions(config)
     plain = config.objective.lambda_clm == 1
     ignored = {"accelerator", "devices", "nodes", "workers", "log_every", "threads", "progress", "checkpoint_every"}
     recipe = {
@@ -135,7 +135,7 @@ def _train(config: Run, alone: bool = False) -> Path:
 # --- folders of the user's -------------------------------------------------------------------------------------------
 
 
-def _refuse_foreign(output: Path) -> None:
+def refuse_foreign(output: Path) -> None:
     """An output folder that holds something we did not write is never touched."""
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists()):
         raise UserError(f"output={output} holds something else: name an empty or a new folder")
@@ -143,7 +143,7 @@ def _refuse_foreign(output: Path) -> None:
 
 def _publish(folder: Path, output: Path) -> Path:
     """`folder` under the name the user gave: hard links where the disk allows, else copies; replaced as a whole."""
-    _refuse_foreign(output)
+    refuse_foreign(output)
     if output.exists() and read_manifest(output)["recipe"] == read_manifest(folder)["recipe"]:
         return output
     beside = output.with_name(f"{output.name}.{os.getpid()}")
