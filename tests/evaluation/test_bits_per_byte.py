@@ -217,3 +217,10 @@ def test_nan_weights(tiny_models):
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="NaN"):
         bpb.bits_per_byte(model, tokenizer, TEXTS, progress=False)
+
+
+def test_a_limit_takes_examples_from_everywhere():
+    from fusion.evaluation.cells import spread
+
+    assert spread(10, 0) == spread(10, 99) == list(range(10))
+    assert spread(10, 3) == [0, 3, 6]

@@ -35,8 +35,8 @@ def test_a_wrong_program_fails():
 
 def test_endless_loop_is_ended():
     start = time.monotonic()
-    assert not run("while True: pass", seconds=1).ok
-    assert not run("import time; time.sleep(60)", seconds=1).ok
+    assert not run("while True: pass", seconds=0.5).ok
+    assert not run("import time; time.sleep(60)", seconds=0.5).ok
     assert time.monotonic() - start < 10
 
 
@@ -68,24 +68,26 @@ def test_output_is_bounded():
     assert len(found.output) <= sandbox.OUTPUT
 
 
-@pytest.mark.parametrize(
-    "act",
-    [
-        "os.remove(path + '/file')", "shutil.rmtree(path)", "open(path + '/file', 'w')", "open(path + '/new', 'w')",
-        "os.rename(path + '/file', path + '/other')", "os.truncate(path + '/file', 0)", "os.mkdir(path + '/new')",
-        "os.symlink('/', path + '/new')", "os.link(path + '/file', path + '/new')", "os.chmod(path + '/file', 0)",
-        "os.utime(path + '/file', (0, 0))", "os.mkfifo(path + '/new')", "open('/tmp/fusion-new', 'w')",
-        "open('new', 'w')", "os.remove(__file__)", "os.execv('/bin/rm', ['rm', '-rf', path])",
-        "os.chown(path + '/file', 1, 1)", "os.setxattr(path + '/file', 'user.x', b'1')",
-    ],
-)  # fmt: skip
-def test_files_are_safe(tmp_path, act):
+ACTS = [
+    "os.remove(path + '/file')", "shutil.rmtree(path)", "open(path + '/file', 'w')", "open(path + '/new', 'w')",
+    "os.rename(path + '/file', path + '/other')", "os.truncate(path + '/file', 0)", "os.mkdir(path + '/new')",
+    "os.symlink('/', path + '/new')", "os.link(path + '/file', path + '/new')", "os.chmod(path + '/file', 0)",
+    "os.utime(path + '/file', (0, 0))", "os.mkfifo(path + '/new')", "open('/tmp/fusion-new', 'w')",
+    "open('new', 'w')", "os.remove(__file__)", "os.chown(path + '/file', 1, 1)",
+    "os.setxattr(path + '/file', 'user.x', b'1')",
+]  # fmt: skip
+
+
+def test_files_are_safe(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "file").write_text("precious")
     before = (target / "file").stat()
-    found = run(f"import os, shutil\npath = {str(target)!r}\n{act}\n")
-    assert not found.ok
+    tries = "".join(f"try:\n    {act}\n    print({act!r})\nexcept OSError: pass\n" for act in ACTS)
+    found = run(f"import os, shutil\npath = {str(target)!r}\n{tries}os.execv('/bin/rm', ['rm', '-rf', path])\n")
+    assert found.how == "exit 1"
+    assert "rm: cannot remove" in found.output
+    assert not [act for act in ACTS if act in found.output]
     after = (target / "file").stat()
     assert (target / "file").read_text() == "precious"
     assert (before.st_mode, before.st_mtime, before.st_uid) == (after.st_mode, after.st_mtime, after.st_uid)

@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from fusion.artifact import fingerprint
 from fusion.config import Evaluation, UserError
-from fusion.evaluation.cells import Outcome, Task
+from fusion.evaluation.cells import Outcome, Task, spread
 
 
 class Score(NamedTuple):
@@ -188,7 +188,7 @@ METRICS = {
 
 
 def read_texts(path: Path, field: str, limit: int = 0) -> list[str]:
-    """The texts of a jsonl file (or a .txt file: one text); texts of zero bytes are left out.
+    """The texts of a jsonl file (or a .txt file: one text), `limit` of them; texts of zero bytes are left out.
 
     Raises:
         UserError: naming the file, and the line that is no JSON object with the field.
@@ -212,12 +212,10 @@ def read_texts(path: Path, field: str, limit: int = 0) -> list[str]:
                     known = f", it has {', '.join(row)}" if isinstance(row, dict) else ""
                     raise UserError(f"{where}: line {number} has no text in {field!r}{known}: set evaluation.field")
                 texts.append(row[field])
-                if limit and len(texts) >= limit:
-                    break
     texts = [text for text in texts if text]
     if not texts:
         raise UserError(f"{where}: no text in it; give a file with at least one")
-    return texts
+    return [texts[i] for i in spread(len(texts), limit)]
 
 
 def plan(config: Evaluation) -> tuple[list[Task], list[str]]:

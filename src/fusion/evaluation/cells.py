@@ -30,11 +30,13 @@ class Outcome(NamedTuple):
 
 class Task(NamedTuple):
     """`recipe`: everything but the model that the outcome depends on. `run(model, tokenizer, folder)`: measure;
-    files that belong to the outcome go into `folder`, which may hold finished pieces of a killed run."""
+    files that belong to the outcome go into `folder`, which may hold finished pieces of a killed run. `then`: a second
+    task that works on what the first one wrote (grading, running code); its `run` is given that cell's folder."""
 
     name: str
     recipe: dict[str, Any]
     run: Callable[[Any, Any, Path], Outcome]
+    then: "Task | None" = None
 
 
 class Cell(NamedTuple):
@@ -45,6 +47,11 @@ class Cell(NamedTuple):
     vectors: dict[str, np.ndarray]
     metrics: dict[str, dict[str, Any]]
     facts: dict[str, Any]
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """`limit` of `count` examples, evenly spread: files are often sorted by answer or by kind."""
+    return list(range(count)) if not limit or limit >= count else [i * count // limit for i in range(limit)]
 
 
 def measure(
@@ -59,7 +66,10 @@ def measure(
 
     versions = {name: version(name) for name in ("torch", "transformers", "lm_eval")}
     recipe = {"task": task.name, "recipe": task.recipe, "model": model, "versions": versions, **extra}
-    return read(artifact(root, "evaluation", recipe, build))
+    folder = artifact(root, "evaluation", recipe, build)
+    if task.then is None:
+        return read(folder)
+    return measure(root, task.then, {"cell": folder.name}, lambda: (folder, None), {})
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
@@ -75,8 +85,8 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> None:
 
 def read(folder: Path) -> Cell:
     manifest = read_manifest(folder)
-    table = parquet.read_table(folder / RECORDS, columns=["example", "metrics"]) if manifest["metrics"] else None
-    rows = table.to_pylist() if table is not None else []
+    names = ["example", "metrics"] if manifest["metrics"] else ["example"]
+    rows = parquet.read_table(folder / RECORDS, columns=names).to_pylist()
     metrics = {name: manifest["metrics"][name] for name in manifest["order"]}
     vectors = {name: np.array([row["metrics"][name] for row in rows], dtype=np.float64) for name in metrics}
     return Cell(folder, [row["example"] for row in rows], vectors, metrics, manifest["facts"])

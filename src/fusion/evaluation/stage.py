@@ -191,7 +191,7 @@ def write_examples(output: Path, rows: dict[str, dict[str, Cell]]) -> None:
     for name, row in rows.items():
         for task, cell in row.items():
             for record in parquet.read_table(cell.folder / RECORDS).to_pylist():
-                metrics = list(record.pop("metrics", None).items())
+                metrics = list((record.pop("metrics", None) or {}).items())
                 record.pop("logprobs", None)
                 records.append({"model": name, "task": task, **record, "metrics": metrics})
             if (cell.folder / "completions").is_dir():

@@ -117,6 +117,9 @@ def as_html(head: list[str], lines: list[list[str]]) -> str:
 
 
 def print_table(head: list[str], lines: list[list[str]], caption: str) -> None:
+    """To the terminal; on its side when it is wide and short (BBH has 27 columns)."""
+    if len(head) > 9 > len(lines):
+        head, *lines = [list(row) for row in zip(head, *lines, strict=True)]
     table = Table(title=caption)
     for i, column in enumerate(head):
         table.add_column(column, justify="right" if i else "left", overflow="fold")
