@@ -264,7 +264,10 @@ def _dialogue_blocks(
     """As many exchanges (human, gpt) a block as fit. A system message stays in front of every block."""
     messages = [m for m in dialogue.messages if m["content"].strip()]
     roles = [ROLES.get(m["role"], "") for m in messages]
-    system, roles = [m for m in messages[:1] if roles[:1] == ["system"]], roles
+    if "" in roles:
+        skipped["dialogues with an unknown speaker"] += 1
+        return
+    system = messages[:1] if roles[:1] == ["system"] else []
     first = next((i for i, role in enumerate(roles) if role == "user"), len(roles))
     messages = [{"role": r, "content": m["content"]} for r, m in zip(roles[first:], messages[first:], strict=True)]
     if "assistant" not in roles[first:]:
@@ -400,7 +403,7 @@ def _text(row: Any, config: Corpus) -> str:
 
 
 def _dialogue(row: Any) -> Dialogue | None:
-    turns = row.get("conversations") or row.get("messages") if isinstance(row, dict) else None
+    turns = row.get("conversations", row.get("messages")) if isinstance(row, dict) else None
     if turns is None:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"corpus.format=chat: a record has neither conversations nor messages (it has: {found})")

@@ -27,7 +27,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from fusion import corpus
 from fusion.artifact import MANIFEST, artifact, fingerprint, read_manifest
@@ -213,7 +213,7 @@ class Reader:
     def _head(self, hidden_ND: Tensor) -> Tensor:
         body = self.model.base_model
         before = body.__dict__.get("forward")
-        body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden_ND[None])
+        body.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_ND[None])
         try:
             dummy = torch.zeros(1, len(hidden_ND), dtype=torch.long, device=self.device)
             return self.model(input_ids=dummy, use_cache=False).logits[0]
@@ -266,30 +266,37 @@ class Kept(NamedTuple):
 def keep(logits_NV: Tensor, gold_N: Tensor, options: Externalize, uniform_NK: Tensor | None = None) -> Kept:
     """The entries to store, with log-probabilities under the full vocabulary, and −log p of the gold token.
 
+    `logits_NV` is used up: its memory holds the exponentials.
+
     `keep: sample` draws K times from p by inverse transform of `uniform_NK` and gives each distinct id the log of
     (times drawn / K): an unbiased estimate of p, where the top K is not (random-sampling KD, arXiv 2503.16870).
     """
-    lse_N = logits_NV.logsumexp(-1)
-    ce_N = lse_N - logits_NV.gather(1, gold_N[:, None])[:, 0]
+    gold_logit_N = logits_NV.gather(1, gold_N[:, None])[:, 0]
     if options.keep == "sample":
-        cdf_NV = (logits_NV - lse_N[:, None]).exp_().cumsum(-1)
-        ids_NK = torch.searchsorted(cdf_NV, uniform_NK * cdf_NV[:, -1:], right=True).clamp_(max=logits_NV.shape[1] - 1)
+        peak_N = logits_NV.amax(-1)
+        cdf_NV = logits_NV.sub_(peak_N[:, None]).exp_().cumsum(-1)
+        sum_N = cdf_NV[:, -1]
+        ids_NK = torch.searchsorted(cdf_NV, uniform_NK * sum_N[:, None], right=True).clamp_(max=cdf_NV.shape[1] - 1)
         ids_NK = ids_NK.sort(-1).values
         times_NK = (ids_NK[:, :, None] == ids_NK[:, None, :]).sum(-1)
         used_NK = torch.ones_like(ids_NK, dtype=torch.bool)
         used_NK[:, 1:] = ids_NK[:, 1:] != ids_NK[:, :-1]
-        mass_N = (logits_NV.gather(1, ids_NK) - lse_N[:, None]).exp().masked_fill(~used_NK, 0).sum(-1)
+        mass_N = (logits_NV.gather(1, ids_NK) / sum_N[:, None]).masked_fill(~used_NK, 0).sum(-1)
+        order = times_NK.masked_fill(~used_NK, 0).sort(dim=-1, descending=True, stable=True).indices
         logprobs_NK = (times_NK / ids_NK.shape[1]).log()
-        order = torch.where(used_NK, times_NK, 0).sort(-1, descending=True, stable=True).indices
         ids_NK, logprobs_NK, used_NK = (x.gather(1, order) for x in (ids_NK, logprobs_NK, used_NK))
+        lse_N = peak_N + sum_N.log()
     else:
         values_NK, ids_NK = top_k(logits_NV, min(options.top_k, logits_NV.shape[1]))
+        peak_N = values_NK[:, 0]
+        lse_N = peak_N + logits_NV.sub_(peak_N[:, None]).exp_().sum(-1).log()
         logprobs_NK = values_NK - lse_N[:, None]
         p_NK = logprobs_NK.exp()
         used_NK = torch.ones_like(ids_NK, dtype=torch.bool)
         if options.top_p < 1:
             used_NK = p_NK.cumsum(-1) - p_NK < options.top_p
         mass_N = p_NK.masked_fill(~used_NK, 0).sum(-1)
+    ce_N = lse_N - gold_logit_N
     return Kept(*(x.cpu().numpy() for x in (ids_NK, logprobs_NK, used_NK, mass_N, ce_N)))
 
 
@@ -412,7 +419,7 @@ def _externalized(
         np.zeros(positions, np.float32),
     )
     context = getattr(reader.model.config.get_text_config(), "max_position_embeddings", None)
-    pieces = [(b, *window) for b, (ids, _) in enumerate(rows) for window in windows(len(ids) - 1, context)]
+    pieces = [(b, *window) for b, (ids, _) in enumerate(rows) for window in windows(max(0, len(ids) - 1), context)]
     for batch in batches([end - start for _, start, end, _ in pieces], options.batch_tokens):
         longest = max(pieces[i][2] - pieces[i][1] for i in batch)
         if not longest:
@@ -625,7 +632,7 @@ class _Alignment:
             kinds += np.bincount(projection.kind[:n][counted], minlength=4)[:4]
         ragged = "counts" in raw
         columns = _entries(ids_NK, logprobs_NK, logprobs_NK > -np.inf, ragged, offsets)
-        columns |= {"ce": ce_N, "block_ce": raw["block_ce"]}
+        columns |= {"ce": ce_N, "block_ce": raw["block_ce"], "offsets": offsets}
         facts = {"positions": positions, "counted": int(kinds.sum()), "aligned": int(kinds[1])}
         facts |= {"one_hot": int(kinds[2]), "none": int(kinds[0]), "entries": int((logprobs_NK > -np.inf).sum())}
         return columns, facts

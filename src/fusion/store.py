@@ -17,12 +17,14 @@ verification are remembered in `.verified`. A change that keeps both is found by
 `python -m fusion.store PATH [--verify] [--export FOLDER]` shows, checks or exports what is inside.
 """
 
+import argparse
 import errno
 import json
 import mmap
 import os
 import shutil
 import struct
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +34,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.table import Table
 
 from fusion.artifact import MANIFEST, checksum, fingerprint, read_manifest, write_atomic, write_json
 from fusion.config import UserError
@@ -129,7 +133,7 @@ def _commit(
     for name in shards:
         for fact, value in read_facts(partial / name).items():
             totals[fact] = totals.get(fact, 0) + value
-    for stray in [p for p in partial.iterdir() if p.name not in shards and p.name != STAMPS]:
+    for stray in [p for p in partial.iterdir() if p.is_file() and p.name not in shards]:
         stray.unlink()
     sums = {name: checksum(partial / name) for name in sorted(shards)}
     size = sum((partial / name).stat().st_size for name in shards)
@@ -297,3 +301,117 @@ def dense(columns: dict[str, np.ndarray], begin: int, end: int, block: int, k: i
     ids, logprobs = np.zeros(used.shape, columns["ids"].dtype), np.full(used.shape, -np.inf, np.float16)
     ids[used], logprobs[used] = columns["ids"][entries], columns["logprobs"][entries]
     return ids, logprobs
+
+
+# --- what is inside --------------------------------------------------------------------------------------------------
+
+
+def stores(path: Path) -> list[Path]:
+    """Finished stores at or below `path`: one store, one kind of them, or a whole artifacts folder."""
+    if (path / MANIFEST).exists():
+        return [path]
+    found = [m.parent for kind in ("tokens", "source", "aligned") for m in path.glob(f"**/{kind}/*/{MANIFEST}")]
+    found += [m.parent for m in path.glob(f"*/{MANIFEST}") if m.parent not in found]
+    if not found:
+        raise UserError(f"{path}: no finished store here (no {MANIFEST})")
+    return sorted(found)
+
+
+def show(folders: list[Path]) -> None:
+    """A table of the stores: what they hold and what made them."""
+    table = Table(title="stores")
+    for column in ("store", "made of", "positions", "K", "bytes/position", "coverage", "CE", "kept mass"):
+        table.add_column(column)
+    for folder in folders:
+        m = read_manifest(folder)
+        made = m["recipe"].get("source", m["recipe"])
+        model = made.get("model", {})
+        where = made.get("tokens", made).get("corpus", {})
+        what = [f"{k} {str(v)[:40]}" for k, v in model.items() if v] or [f"corpus {str(where)[:60]}"]
+        if "alignment" in m["recipe"]:
+            what.append(f"alignment {m['recipe']['alignment']['criterion']}")
+        size = sum((folder / name).stat().st_size for name in m["files"])
+        positions = m.get("tokens", m.get("positions", 0))
+        figures = [f"{m[f]:.3f}" if f in m else "" for f in ("coverage", "cross_entropy", "kept_mass")]
+        cells = f"{positions:,}", str(m.get("k", "")), f"{size / max(1, positions):.2f}"
+        table.add_row(f"{folder.parent.name}/{folder.name}", ", ".join(what), *cells, *figures)
+    Console().print(table)
+
+
+def export(folder: Path, output: Path) -> None:
+    """A folder of parquet files, a row per block, that `datasets.load_dataset` reads and the Hub can host.
+
+    Lists have the store's own types; a tokens store gives ids, counted and text, a distribution store ids and logprobs
+    (entries of all positions one after the other, `counts` of them at each), ce and block_ce.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    store = Store(folder)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in store.shards():
+        columns = store.shard(name)
+        blocks = len(columns["bytes"] if "text" in columns else columns["block_ce"])
+        table = pa.table(_rows(columns, blocks, store.manifest))
+        part, _, number = name.removesuffix(".safetensors").rpartition("-")
+        pq.write_table(table, output / f"{part or 'train'}-{number}.parquet", compression="zstd")
+    print(f"{folder}: {len(store.shards())} files in {output}")
+
+
+def _rows(columns: dict[str, np.ndarray], blocks: int, manifest: dict[str, Any]) -> dict[str, Any]:
+    import pyarrow as pa
+
+    def lists(values: np.ndarray, offsets: np.ndarray) -> Any:
+        kind = pa.bool_() if values.dtype == bool else pa.from_numpy_dtype(values.dtype)
+        return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, kind))
+
+    if "text" in columns:
+        text = columns["text"].tobytes()
+        at = columns["text_offsets"]
+        texts = [text[at[b] : at[b + 1]].decode() for b in range(blocks)]
+        return {name: lists(columns[name], columns["offsets"]) for name in ("ids", "counted")} | {"text": texts}
+    rows, k = columns["offsets"], manifest["k"]
+    entries = columns["starts"] if "counts" in columns else rows * k
+    counts = columns["counts"] if "counts" in columns else np.full(rows[-1], k, np.uint16)
+    return {
+        "ids": lists(columns["ids"].reshape(-1), entries),
+        "logprobs": lists(columns["logprobs"].reshape(-1), entries),
+        "counts": lists(counts, rows),
+        "ce": lists(columns["ce"], rows),
+        "block_ce": columns["block_ce"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m fusion.store", description="What is inside a store of distributions.")
+    parser.add_argument("path", type=Path, help="a store, or a folder of stores")
+    parser.add_argument("--verify", action="store_true", help="check every checksum; exit code 1 if one differs")
+    parser.add_argument(
+        "--export", nargs="?", const="parquet", metavar="parquet", help="write a folder of parquet files"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="folder of the export; default: STORE-parquet")
+    options = parser.parse_args()
+    try:
+        folders = stores(options.path)
+        show(folders)
+        bad = [folder / name for folder in folders if options.verify for name in damaged(folder, thorough=True)]
+        for path in bad:
+            print(f"{path}: damaged, the next run makes it anew")
+        if options.verify and not bad:
+            print(f"every checksum of {len(folders)} stores is right")
+        for folder in folders if options.export else []:
+            if options.export != "parquet":
+                raise UserError(f"--export {options.export}: only parquet")
+            beside = folder.with_name(f"{folder.name}-parquet")
+            export(
+                folder,
+                options.output / folder.name if options.output and len(folders) > 1 else options.output or beside,
+            )
+        return 1 if bad else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
