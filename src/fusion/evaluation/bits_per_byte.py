@@ -172,11 +172,11 @@ def token_logprobs(
     return found
 
 
-def bar(items: list, what: str, show: bool = True) -> Iterable:
+def bar(items: Iterable, what: str, show: bool = True, total: int | None = None) -> Iterator:
     """`items` under a progress bar on standard error, where that is a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
-        yield from progress.track(items, description=what)
+        yield from progress.track(items, total=total, description=what)
 
 
 # --- the stage's view: one task a file --------------------------------------------------------------------------------

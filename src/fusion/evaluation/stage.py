@@ -1,5 +1,6 @@
 """evaluate.py: models × tasks → one table."""
 
+import math
 import platform
 import shutil
 import sys
@@ -20,7 +21,7 @@ from fusion.evaluation.statistics import draws, interval, value
 
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
-    """Measure, print and write the table; returns its figures (`score`: the mean of the last model).
+    """Measure, print and write the table; returns its figures (`score`: mean or only column of the last model).
 
     Raises:
         UserError: before any model is loaded, and before anything is written to `output`.
@@ -56,9 +57,10 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     tables.write(results, output)
     if config.logger.wandb:
         tables.to_wandb(results, output)
-    last = results["rows"][names[-1]]["mean"]
     flat = {f"{n}/{c}": cell["value"] for n, r in results["rows"].items() for c, cell in r.items() if cell}
-    return {"score": last and last["value"], **flat}
+    last = results["rows"][names[-1]]
+    summary = last.get("mean") or next((cell for cell in last.values() if cell), None)
+    return flat | ({"score": summary["value"]} if summary else {})
 
 
 def planner(kind: str) -> Callable[..., tuple[list[Task], list[str]]]:
@@ -120,63 +122,65 @@ def summarize(rows: dict[str, dict[str, Cell]], baseline: str, *, resamples: int
 
     A difference is significant where the middle 95 % of its paired bootstrap leaves out zero.
     """
-    tasks = list(rows[baseline])
-    everything: dict[str, dict[str, tuple[float, np.ndarray | None]]] = {name: {} for name in rows}
-    columns: dict[str, dict[str, Any]] = {}
-    for task in tasks:
-        cells = {name: row[task] for name, row in rows.items()}
-        first = cells[baseline]
-        if any(cell.examples != first.examples for cell in cells.values()):
-            raise AssertionError(f"{task}: the models were measured on different examples")
-        if not first.metrics:
-            columns[task] = {
-                "metric": None,
-                "examples": len(first.examples),
-                "facts": {n: c.facts for n, c in cells.items()},
-            }
-            continue
-        metric = next(iter(first.metrics))
-        columns[task] = {"metric": metric, **first.metrics[metric], "examples": len(first.examples)}
-        columns[task]["facts"] = {name: cell.facts for name, cell in cells.items()}
-        for name, cell in cells.items():
-            everything[name][task] = _spread(
-                cell.vectors[metric], first.metrics[metric]["formula"], resamples, seed, task
-            )
-    scored = [task for task in tasks if columns[task]["metric"]]
-    formulas = {columns[t]["formula"] for t in scored}
-    alike = len({columns[t]["higher_is_better"] for t in scored}) == 1
-    if scored and alike and (len(formulas) == 1 or formulas <= {"percent", "bleu"}):
-        columns["mean"] = {
-            "metric": "mean of the columns",
-            **{k: columns[scored[0]][k] for k in ("formula", "higher_is_better")},
-        }
-        for found in everything.values():
-            points, spread = zip(*(found[t] for t in scored), strict=True)
-            found["mean"] = float(np.mean(points)), None if spread[0] is None else np.mean(spread, axis=0)
-        if formulas == {"ratio"} and len(scored) > 1:
-            columns["weighted"] = {**columns["mean"], "metric": "all bytes together"}
-            for name, found in everything.items():
-                whole = np.concatenate([rows[name][t].vectors[columns[t]["metric"]] for t in scored])
+    columns, sums = _columns(rows, baseline), {}
+    spreads: dict[str, dict[str, tuple[float, np.ndarray | None]]] = {name: {} for name in rows}
+    for title, kind in columns.items():
+        for name, row in rows.items():
+            if kind["metric"]:
+                sums[title, name] = row[kind["task"]].vectors[kind["metric"]]
+                spreads[name][title] = _spread(sums[title, name], kind["formula"], resamples, seed, title)
+    main = [title for title, kind in columns.items() if kind["metric"] and title == kind["task"]]
+    formulas = {columns[t]["formula"] for t in main}
+    alike = len({columns[t]["higher_is_better"] for t in main}) == 1
+    if len(main) > 1 and alike and (len(formulas) == 1 or formulas <= {"percent", "bleu"}):
+        kind = {k: columns[main[0]][k] for k in ("formula", "higher_is_better")}
+        columns["mean"] = {"task": None, "metric": "mean of the columns", **kind}
+        for found in spreads.values():
+            points, several = zip(*(found[t] for t in main), strict=True)
+            found["mean"] = float(np.mean(points)), None if several[0] is None else np.mean(several, axis=0)
+        if formulas == {"ratio"}:
+            columns["weighted"] = {"task": None, "metric": "all bytes together", **kind}
+            for name, found in spreads.items():
+                whole = np.concatenate([sums[title, name] for title in main])
                 found["weighted"] = _spread(whole, "ratio", resamples, seed, "weighted")
     table = {
-        name: {c: _cell(found[c], everything[baseline][c]) if c in found else None for c in columns}
-        for name, found in everything.items()
+        name: {c: _cell(found[c], spreads[baseline][c]) if c in found else None for c in columns}
+        for name, found in spreads.items()
     }
     for name, row in rows.items():
-        for task in scored:
-            others = {m: value(row[task].vectors[m], f["formula"]) for m, f in row[task].metrics.items()}
-            table[name][task]["metrics"] = others
-    for row in table.values():
-        row.setdefault("mean", None)
+        for title in main:
+            cell = row[title]
+            if table[name][title] is None:
+                continue
+            table[name][title]["metrics"] = {m: value(cell.vectors[m], f["formula"]) for m, f in cell.metrics.items()}
     return {"baseline": baseline, "columns": columns, "rows": table, "bootstrap": resamples, "seed": seed}
+
+
+def _columns(rows: dict[str, dict[str, Cell]], baseline: str) -> dict[str, dict[str, Any]]:
+    """A column per task, its first metric; more where a task asks for it (MT-Bench's turns and categories)."""
+    columns: dict[str, dict[str, Any]] = {}
+    for task, first in rows[baseline].items():
+        cells = {name: row[task] for name, row in rows.items()}
+        if any(cell.examples != first.examples for cell in cells.values()):
+            raise AssertionError(f"{task}: the models were measured on different examples")
+        facts = {"examples": len(first.examples), "facts": {name: cell.facts for name, cell in cells.items()}}
+        metrics = list(first.metrics)
+        main = metrics[0] if metrics else None
+        columns[task] = {"task": task, "metric": main, **first.metrics.get(main, {}), **facts}
+        for metric in metrics[1:]:
+            if first.metrics[metric].get("column"):
+                columns[metric] = {"task": task, "metric": metric, **first.metrics[metric]}
+    return columns
 
 
 def _spread(vectors: np.ndarray, formula: str, resamples: int, seed: int, task: str) -> tuple[float, np.ndarray | None]:
     return value(vectors, formula), draws(vectors, formula, resamples, seed, task) if resamples else None
 
 
-def _cell(own: tuple[float, np.ndarray | None], base: tuple[float, np.ndarray | None]) -> dict[str, Any]:
+def _cell(own: tuple[float, np.ndarray | None], base: tuple[float, np.ndarray | None]) -> dict[str, Any] | None:
     (point, spread), (base_point, base_spread) = own, base
+    if math.isnan(point):  # nothing was scored: a category of which the judge rated no answer
+        return None
     cell: dict[str, Any] = {"value": point, "change": 100 * (point - base_point) / base_point if base_point else None}
     if spread is not None and base_spread is not None:
         low, high = interval(spread - base_spread)

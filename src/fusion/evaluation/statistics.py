@@ -16,7 +16,8 @@ import numpy as np
 
 def ratio(sums: np.ndarray) -> np.ndarray:
     """Σ value / Σ weight, of sums [..., 2]."""
-    return sums[..., 0] / sums[..., 1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[..., 0] / sums[..., 1]
 
 
 def percent(sums: np.ndarray) -> np.ndarray:
@@ -61,5 +62,5 @@ def draws(vectors_NM: np.ndarray, formula: str, resamples: int, seed: int, task:
 
 def interval(values_R: np.ndarray) -> tuple[float, float]:
     """The middle 95 %."""
-    low, high = np.quantile(values_R, [0.025, 0.975])
+    low, high = np.nanquantile(values_R, [0.025, 0.975])
     return float(low), float(high)

@@ -82,7 +82,8 @@ def as_text(results: dict[str, Any], head: list[str], lines: list[list[str]]) ->
     others = {
         (c, m) for row in results["rows"].values() for c, cell in row.items() if cell for m in cell.get("metrics", {})
     }
-    others = sorted(o for o in others if o[1] != columns[o[0]]["metric"])
+    shown = {(f["task"], f["metric"]) for f in columns.values()}
+    others = sorted(others - shown)
     if others:
         rows = [
             [name, *(number(row[c]["metrics"][m]) if row.get(c) else "–" for c, m in others)]
