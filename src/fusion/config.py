@@ -174,7 +174,7 @@ class Trainer:
     micro_batch: int = key(4, "blocks per device and forward pass", low=1)
     workers: int = key(0, "data loading processes", low=0)
     activation_checkpointing: bool = key(False, "recompute activations in the backward pass")
-    validate_every: int = key(0, "optimizer steps between validations; 0: at the end of an epoch", low=0)
+    validate_every: int = key(0, "optimizer steps between validations; 0: only at the end", low=0)
     checkpoint_every: int = key(100, "optimizer steps between checkpoints; 0: none", low=0)
     log_every: int = key(10, "optimizer steps between log lines", low=1)
     threads: int = key(0, "torch threads of a process; 0: torch's default", low=0)

@@ -224,10 +224,17 @@ def spawn_ranks(config: Any, sweep: bool) -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """torch.distributed, when a launcher made us one of several ranks."""
-    if world_size() == 1 or "MASTER_ADDR" not in os.environ:
+    """torch.distributed, when torchrun or Slurm made us one of several ranks."""
+    if world_size() == 1:
         yield
         return
+    if "MASTER_ADDR" not in os.environ:  # Slurm says who we are under names of its own
+        from lightning.fabric.plugins.environments import SLURMEnvironment
+
+        slurm = SLURMEnvironment()
+        places = {"RANK": rank(), "WORLD_SIZE": world_size(), "LOCAL_RANK": slurm.local_rank()}
+        os.environ |= {k: str(v) for k, v in places.items()}
+        os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}
     if not distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

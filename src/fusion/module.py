@@ -32,6 +32,7 @@ class FusionModule(lightning.LightningModule):
         self.target = None
         self.clock = time.perf_counter()
         self.loss_average = math.nan
+        self.validated_at = -1
 
     def configure_model(self) -> None:
         if self.target is None:
@@ -176,7 +177,8 @@ class FusionModule(lightning.LightningModule):
         figures = {"clm": clm / max(1, tokens), "fusion": fusion / max(1, fused_tokens)}
         figures["loss"] = weight * figures["clm"] + (1 - weight) * figures["fusion"]
         figures["bits_per_byte"] = clm / math.log(2) / max(1, size)
-        self.log_dict({f"validation/{k}": v for k, v in figures.items()}, prog_bar=False)
+        self.log_dict({f"validation/{k}": v for k, v in figures.items()})
+        self.validated_at = self.global_step
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 

@@ -43,8 +43,8 @@ def train(config: Run) -> dict[str, Any]:
 
 def resolve(config: Run) -> Run:
     """The same config with every model that is to be grown grown, and its path filled in."""
-    grown = {name: grown(llm, config) for name, llm in config.sources.items()}
-    return replace(config, target=grown(config.target, config), sources=grown)
+    sources = {name: grown(llm, config) for name, llm in config.sources.items()}
+    return replace(config, target=grown(config.target, config), sources=sources)
 
 
 def grown(llm: LLM, config: Run) -> LLM:

@@ -46,25 +46,26 @@ def fit(config: Run, done: Precomputed, folder: Path) -> dict[str, Any]:
         enable_progress_bar=options.progress,
         enable_model_summary=False,
         enable_checkpointing=options.checkpoint_every > 0,
-        val_check_interval=(options.validate_every or None) if validated else None,
-        check_val_every_n_epoch=None if validated and options.validate_every else 1,
+        val_check_interval=options.validate_every or steps,
+        check_val_every_n_epoch=None,
         limit_val_batches=1.0 if validated else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=options.log_every,
         use_distributed_sampler=False,
         barebones=False,
     )
-    last = newest(checkpoints)
-    trainer.fit(module, data, ckpt_path=last, weights_only=True)
-    figures = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    score = figures.get("validation/bits_per_byte", figures.get("train/loss"))
+    trainer.fit(module, data, ckpt_path=newest(checkpoints), weights_only=True)
+    if validated and module.validated_at != steps:  # the steps are no multiple, or the run was killed after the last
+        trainer.validate(module, data, verbose=False)
     export(module.target, folder)
+    figures: dict[str, float] = {}
     if trainer.is_global_zero:
+        figures = join_curves(folder)
+        figures["score"] = figures.get("validation/bits_per_byte", figures.get("train/loss", 0.0))
         load_tokenizer(config.target).save_pretrained(folder)
         write_atomic(folder / "README.md", _card(config, done, figures).encode())
-        join_curves(folder)
         shutil.rmtree(checkpoints, ignore_errors=True)
-    return {"figures": {"score": score, "steps": steps, **figures}}
+    return {"figures": {"steps": steps, **figures}}
 
 
 class Bar(RichProgressBar):
@@ -116,8 +117,11 @@ def newest(checkpoints: Path) -> Path | None:
     return max(whole, key=lambda p: p.name, default=None)
 
 
-def join_curves(folder: Path) -> Path:
-    """One `metrics.csv` out of the files of every start; where a resumed run repeats a step, the later one counts."""
+def join_curves(folder: Path) -> dict[str, float]:
+    """One `metrics.csv` out of the files of every start; where a resumed run repeats a step, the later one counts.
+
+    Returns the last value of every column.
+    """
     rows: dict[tuple[int, str], dict[str, str]] = {}
     columns = ["step"]
     for path in sorted((folder / "curves").glob("*/metrics.csv")):
@@ -131,7 +135,7 @@ def join_curves(folder: Path) -> Path:
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
     shutil.rmtree(folder / "curves", ignore_errors=True)
-    return folder / "metrics.csv"
+    return {k: float(v) for key in sorted(rows) for k, v in rows[key].items() if "/" in k}
 
 
 def _card(config: Run, done: Precomputed, figures: dict[str, float]) -> str:
