@@ -14,8 +14,20 @@ import numpy as np
 import xxhash
 
 from fusion.config import UserError
-from fusion.merging.kernels import Array, bernoulli, compiled, products, sums
-from fusion.merging.streaming import Tensor
+from fusion.merging.kernels import (
+    Array,
+    bernoulli,
+    by_parameter,
+    deltas,
+    elect,
+    magnitude,
+    products,
+    spread,
+    sums,
+    thinned,
+    toward,
+)
+from fusion.merging.streaming import Tensor, stack
 from fusion.merging.units import layer_of, unit_weights
 
 
@@ -100,13 +112,7 @@ def dare_linear(
     """
     effective = lambda_ * per_model(tensor, "weights", weights, 1 / tensor.models)
     keep = drop(tensor, per_model(tensor, "density", density, 1.0), rescale, seed)
-    factors = single(effective)[:, None]
-
-    def apply(rows: Array, start: int) -> Array:
-        kept = keep(rows, start)
-        return toward(rows, kept * like(factors, kept), 0, np.float32(1))
-
-    return Rule(apply, effective.tolist())
+    return Rule(lambda rows, start: thinned(rows, single(effective), keep(rows, start)), effective.tolist())
 
 
 def dare_ties(
@@ -134,11 +140,11 @@ def sce(tensor: Tensor, *, select_topk: float = 1.0, variant: Literal["fusechat"
     """
     check_share("select_topk", select_topk)
     everything = select_topk >= 1
-    chosen = None if everything else tensor.top(spread, [lambda n, zeros: int(select_topk * (n - zeros))])
+    size = [lambda n, zeros: int(select_topk * (n - zeros))]
+    chosen = None if everything else tensor.top(lambda rows: [spread(rows)], size, zeros=True)
 
     def squares(rows: Array, start: int) -> np.ndarray:
-        back = rows[0] - rows[1:]
-        return sums(back if everything else back * chosen(rows, start), True)
+        return sums(deltas(rows, None if everything else chosen(rows, start)), True)
 
     weights = unit_weights(tensor.sum(squares), "ratio")
     drops = variant == "mergekit" and not everything
@@ -159,12 +165,8 @@ def varm(
     """
     square = statistic == "square"
     if tensor.granularity == "parameter":
-
-        def apply(rows: Array, start: int) -> tuple[Array, Any]:
-            shares = softmax_shares(rows, square) if weighting == "softmax" else ratio_shares(rows, square)
-            return toward(rows, shares, 0, np.float32(1)), shares.sum(1)
-
-        return Rule(apply, None)
+        softmax = weighting == "softmax"
+        return Rule(lambda rows, start: by_parameter(rows, square, softmax), None)
     authors = layer_statistic == "sum_of_means" and tensor.granularity == "layer"
     if authors and not layer_of(tensor.name):
         weights = np.full(tensor.models, 1 / tensor.models)
@@ -198,11 +200,6 @@ def single(values: np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float32)
 
 
-def like(values: np.ndarray, array: Array) -> Array:
-    """`values` where `array` is."""
-    return values if isinstance(array, np.ndarray) else array.new_tensor(values)
-
-
 # --- steps that methods share ----------------------------------------------------------------------------------------
 
 
@@ -210,24 +207,27 @@ def trim(tensor: Tensor, density: np.ndarray) -> Callable[[Array, int], Array] |
     """Marks [J, n] of the largest |Δ| of every model; None when nothing is trimmed."""
     if (density >= 1).all():
         return None
-    return tensor.top(magnitudes, [lambda n, zeros, d=d: int(d * n) for d in density])
+    sizes = [lambda n, zeros, d=d: int(d * n) for d in density]
+    return tensor.top(lambda rows: [magnitude(rows, j) for j in range(tensor.models)], sizes)
 
 
 def drop(tensor: Tensor, density: np.ndarray, rescale: str, seed: int) -> Callable[[Array, int], Array] | None:
     """Random marks [J, n] times the factor that makes up for what was dropped."""
     keys = [np.uint64(xxhash.xxh3_64_intdigest(f"{seed}/{j}/{tensor.name}".encode())) for j in range(tensor.models)]
 
-    def marks(rows: Array, start: int) -> Array:
-        return stack([bernoulli(rows[0], key, start, float(d)) for key, d in zip(keys, density, strict=True)])
+    def marks(rows: Array, start: int, values: np.ndarray) -> Array:
+        draws = zip(keys, density.tolist(), single(values), strict=True)
+        return stack([bernoulli(rows[0], key, start, d, value) for key, d, value in draws])
 
     factors = np.ones(tensor.models)
     if rescale == "inverse_density":
         factors = 1 / density
     elif rescale == "l1":
-        before = tensor.sum(lambda rows, start: sums(rows[0] - rows[1:], False))
-        after = tensor.sum(lambda rows, start: sums((rows[0] - rows[1:]) * marks(rows, start), False))
+        ones = factors.copy()
+        before = tensor.sum(lambda rows, start: sums(deltas(rows, None), False))
+        after = tensor.sum(lambda rows, start: sums(deltas(rows, marks(rows, start, ones)), False))
         factors = np.divide(before, after, where=after > 0, out=factors)
-    return lambda rows, start: marks(rows, start) * like(single(factors)[:, None], rows)
+    return lambda rows, start: marks(rows, start, factors)
 
 
 def elected(
@@ -242,101 +242,7 @@ def elected(
     w, ballot = single(weights), ("mass", "weighted", "count").index(vote)
 
     def apply(rows: Array, start: int) -> Array:
-        back = rows[0] - rows[1:]
-        kept = back if keep is None else back * keep(rows, start)
+        kept = deltas(rows, None if keep is None else keep(rows, start))
         return elect(rows[0], kept, w, ballot, normalize, np.float32(scale), np.float32(floor))
 
     return Rule(apply, (scale * weights).tolist())
-
-
-def stack(arrays: list[Array]) -> Array:
-    if isinstance(arrays[0], np.ndarray):
-        return np.stack(arrays)
-    import torch
-
-    return torch.stack(arrays)
-
-
-# --- arithmetic on a chunk: compiled for numpy, as written for tensors on a GPU --------------------------------------
-
-
-@compiled
-def toward(rows, weights, anchor, scale):
-    """scale·a − Σ_j w_j (a − θ_j) for a = rows[anchor]; `weights` [J] or [J, n]."""
-    origin = rows[anchor]
-    moved = origin - origin
-    for j in range(len(weights)):
-        moved = moved + (origin - rows[1 + j]) * weights[j]
-    return origin * scale - moved
-
-
-@compiled
-def magnitudes(rows):
-    """[J, n]: |Δ|."""
-    deltas = rows[1:] - rows[0]
-    return (deltas > 0) * deltas - (deltas < 0) * deltas
-
-
-@compiled
-def spread(rows):
-    """[1, n]: population variance of the deltas over the models."""
-    deltas = rows[1:] - rows[0]
-    count = np.float32(len(deltas))
-    mean = deltas[0] / count
-    for j in range(1, len(deltas)):
-        mean = mean + deltas[j] / count
-    total = (deltas[:1] - mean) * (deltas[:1] - mean)
-    for j in range(1, len(deltas)):
-        total = total + (deltas[j : j + 1] - mean) * (deltas[j : j + 1] - mean)
-    return total / count
-
-
-@compiled
-def elect(base, back, weights, ballot, normalize, scale, floor):
-    """base − λ Σ w B E / Σ w E. `back` [J, n] holds B = −T, what leads from the kept deltas back to the pivot.
-
-    `ballot`: 0 sign of Σ T, 1 of Σ w T, 2 of Σ sign(w T); a sum of 0 counts as positive.
-    """
-    one = np.float32(1)
-    tally = base - base
-    for j in range(len(weights)):
-        vote = back[j] if ballot == 0 else back[j] * weights[j]
-        tally = tally + ((vote > 0) * one - (vote < 0) * one if ballot == 2 else vote)
-    moved = base - base
-    total = base - base
-    for j in range(len(weights)):
-        part = back[j] * weights[j]
-        agrees = (part < 0) & (tally <= 0) | (part > 0) & (tally > 0)
-        moved = moved + part * agrees
-        total = total + agrees * weights[j]
-    if normalize:
-        total = total + (total == 0)
-        moved = moved / (total + (total < floor) * (floor - total))
-    return base - moved * scale
-
-
-@compiled
-def ratio_shares(rows, square):
-    """[J, n]: |Δ| or Δ² of every model over the sum; uniform where no model moved. Scaled first: Δ² may underflow."""
-    deltas = rows[1:] - rows[0]
-    shares = (deltas > 0) * deltas - (deltas < 0) * deltas
-    top = shares[0] - shares[0]
-    for j in range(len(shares)):
-        top = top + (shares[j] > top) * (shares[j] - top)
-    shares = shares / (top + (top == 0))
-    if square:
-        shares = shares * shares
-    total = top - top
-    for j in range(len(shares)):
-        total = total + shares[j]
-    return (shares + (total == 0)) / (total + (total == 0) * np.float32(len(shares)))
-
-
-def softmax_shares(rows: Array, square: bool) -> Array:
-    """[J, n]: softmax over the models of |Δ| or Δ²."""
-    deltas = abs(rows[1:] - rows[0])
-    values = deltas * deltas if square else deltas
-    if isinstance(values, np.ndarray):
-        powers = np.exp(values - values.max(0))
-        return powers / powers.sum(0)
-    return values.softmax(0)

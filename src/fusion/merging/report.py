@@ -14,7 +14,7 @@ from fusion.merging.streaming import CHUNK
 from fusion.merging.units import layer_of, unit_of
 
 if TYPE_CHECKING:
-    from fusion.merging.stage import Job
+    from fusion.merging.run import Job
 
 CSV, PICTURE, CARD = "merge_weights.csv", "merge_weights.png", "README.md"
 

@@ -3,8 +3,9 @@
 Chunk boundaries are fixed, sums are taken in chunk order: results do not depend on the number of threads.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusion.merging.kernels import Array, histogram, selected, ties
 
 CHUNK = 1 << 16  # scalars: with three models and the pivot, a chunk's float32 rows fit into a core's second-level cache
 SPAN = 16  # chunks of one task
+AHEAD = 16  # tasks of a tensor that are under way or wait for their turn
 
 
 @dataclass
@@ -28,24 +30,33 @@ class Tensor:
     unit: Callable[[str, str], np.ndarray] | None = None  # (statistic, layer_statistic) → E_m of this tensor's unit
     workers: ThreadPoolExecutor | None = None
 
-    def map(self, function: Callable[[Array, int], Any]) -> list[Any]:
-        """`function(rows, start)` of every chunk, in order."""
+    def spans(self, task: Callable[[Iterable[tuple[Array, int]]], Any]) -> Iterator[Any]:
+        """`task(chunks)` of every span in order, where chunks yields (rows, start); a bounded number runs ahead."""
         starts = range(0, self.count, CHUNK)
 
-        def span(first: int) -> list[Any]:
-            return [function(self.load(s, min(s + CHUNK, self.count)), s) for s in starts[first : first + SPAN]]
+        def one(first: int) -> Any:
+            return task((self.load(s, min(s + CHUNK, self.count)), s) for s in starts[first : first + SPAN])
 
-        spans = range(0, len(starts), SPAN)
-        if self.workers is None or len(spans) == 1:
-            return [value for first in spans for value in span(first)]
-        return [value for values in self.workers.map(span, spans) for value in values]
+        firsts = range(0, len(starts), SPAN)
+        if self.workers is None or len(firsts) == 1:
+            yield from map(one, firsts)
+            return
+        waiting: deque[Future] = deque()
+        for first in firsts:
+            waiting.append(self.workers.submit(one, first))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def map(self, function: Callable[[Array, int], Any]) -> list[Any]:
+        """`function(rows, start)` of every chunk, in order."""
+        spans = self.spans(lambda chunks: [function(rows, start) for rows, start in chunks])
+        return [value for values in spans for value in values]
 
     def sum(self, function: Callable[[Array, int], np.ndarray]) -> np.ndarray:
         """Σ over chunks of float64 arrays."""
-        total: Any = 0.0
-        for value in self.map(function):
-            total = total + value
-        return total
+        return sum(self.spans(lambda chunks: sum(function(rows, start) for rows, start in chunks)), np.float64(0))
 
     def unit_statistic(self, statistic: str, layer_statistic: str) -> np.ndarray:
         """[J] float64: mean Δ² (`square`) or |Δ| (`abs`) over this tensor's unit."""
@@ -54,38 +65,54 @@ class Tensor:
         return self.unit(statistic, layer_statistic)
 
     def top(
-        self, scores: Callable[[Array], Array], sizes: Sequence[Callable[[int, int], int]]
+        self, scores: Callable[[Array], list[Array]], sizes: Sequence[Callable[[int, int], int]], zeros: bool = False
     ) -> Callable[[Array, int], Array]:
         """Marks of the k largest scores of the tensor, exactly; equal ones are taken by position.
 
-        `scores(rows)` gives [S, n] ≥ 0, `sizes[s](n, zeros)` the k of score s. Returns (rows, start) → [S, n] float32.
+        `scores(rows)` gives S times [n] ≥ 0, `sizes[s](n, zeros)` the k of score s; scores of 0 are counted if `zeros`
+        (else −1 is given). Returns (rows, start) → [S, n] float32 of 0 and 1.
         """
         lines = range(len(sizes))
 
-        def counted(function: Callable[[int, Array], Any]) -> Callable[[Array, int], np.ndarray]:
-            return lambda rows, start: np.stack([function(s, line) for s, line in enumerate(scores(rows))])
+        def histograms(uppers: Sequence[int]) -> np.ndarray:
+            def task(chunks: Iterable[tuple[Array, int]]) -> np.ndarray:
+                out = np.zeros((len(sizes), 65536), np.int64)
+                for rows, _ in chunks:
+                    for s, line in enumerate(scores(rows)):
+                        histogram(line, uppers[s], out[s])
+                return out
 
-        high = self.sum(counted(lambda s, line: np.append(histogram(line, -1), ties(line, 0))))
-        wanted = [max(0, size(self.count, int(high[s, -1]))) for s, size in enumerate(sizes)]
-        upper, left = zip(*(kth(high[s, :-1], wanted[s]) for s in lines), strict=True)
-        low = self.sum(counted(lambda s, line: histogram(line, upper[s])))
+            return sum(self.spans(task))
+
+        def equal(values: Sequence[int]) -> list[list[int]]:
+            return self.map(lambda rows, start: [ties(line, values[s]) for s, line in enumerate(scores(rows))])
+
+        none = np.sum(equal([0] * len(sizes)), axis=0) if zeros else [-1] * len(sizes)
+        high = histograms([-1] * len(sizes))
+        wanted = [max(0, size(self.count, int(z))) for size, z in zip(sizes, none, strict=True)]
+        upper, left = zip(*(kth(high[s], wanted[s]) for s in lines), strict=True)
+        low = histograms(upper)
         lower, allowed = zip(*(kth(low[s], left[s]) for s in lines), strict=True)
         bounds = [upper[s] << 16 | lower[s] for s in lines]
         allowed = [a if bound else 0 for a, bound in zip(allowed, bounds, strict=True)]  # zeros need no mark
         before = np.zeros((1, len(sizes)), np.int64)
         if any(0 < allowed[s] < low[s][lower[s]] for s in lines):  # the tie is cut: count it chunk by chunk
-            equal = np.array(self.map(counted(lambda s, line: ties(line, bounds[s]))))
-            before = np.concatenate([before, equal[:-1].cumsum(0)])
+            before = np.concatenate([before, np.array(equal(bounds))[:-1].cumsum(0)])
 
         def marks(rows: Array, start: int) -> Array:
             row = before[min(start // CHUNK, len(before) - 1)]
-            values = scores(rows)
-            out = values * 0
-            for s in lines:
-                out[s] = selected(values[s], bounds[s], int(allowed[s] - row[s]))
-            return out
+            allowances = [int(a - b) for a, b in zip(allowed, row, strict=True)]
+            return stack([selected(v, *limit) for v, *limit in zip(scores(rows), bounds, allowances, strict=True)])
 
         return marks
+
+
+def stack(arrays: list[Array]) -> Array:
+    if isinstance(arrays[0], np.ndarray):
+        return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
+    import torch
+
+    return torch.stack(arrays)
 
 
 def kth(counts: np.ndarray, k: int) -> tuple[int, int]:

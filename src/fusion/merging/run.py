@@ -20,7 +20,7 @@ from fusion.artifact import checksum, write_json
 from fusion.config import Merge, UserError, options_of
 from fusion.merging import report
 from fusion.merging.files import STORED, Entry, Model, index, layout, side_files, stored
-from fusion.merging.kernels import sums
+from fusion.merging.kernels import deltas, sums
 from fusion.merging.statistics import Movements
 from fusion.merging.streaming import CHUNK, Tensor
 from fusion.merging.units import unit_of
@@ -283,7 +283,7 @@ class Streams:
 
         def measure(member: str, models: list[Model]) -> np.ndarray:
             square = statistic == "square"
-            return self.tensor(member, models).sum(lambda rows, start: sums(rows[0] - rows[1:], square))
+            return self.tensor(member, models).sum(lambda rows, start: sums(deltas(rows, None), square))
 
         return self.movements.unit(statistic, unit, counts, layer_statistic, measure)
 
