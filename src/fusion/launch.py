@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
-import torch.distributed as distributed
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -78,6 +76,8 @@ def job(stage: Callable[[Any], dict[str, Any]], composed: DictConfig) -> float |
     config = typed(composed)
     folder = Path(HydraConfig.get().runtime.output_dir)
     if threads := getattr(getattr(config, "trainer", None), "threads", 0):
+        import torch
+
         torch.set_num_threads(threads)
     with process_group(), wandb_run(config, composed, folder):
         figures = stage(config)
@@ -88,9 +88,10 @@ def job(stage: Callable[[Any], dict[str, Any]], composed: DictConfig) -> float |
 
 def quiet() -> None:
     """Libraries speak when something is wrong; progress and results are ours to show."""
-    from transformers.utils import logging as transformers_logging
+    if "transformers" in sys.modules:  # merging needs neither it nor torch, and starts three seconds earlier
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -214,6 +215,8 @@ def spawn_ranks(config: Any, sweep: bool) -> None:
             f"trainer.nodes={trainer.nodes}: start one process a device with Slurm, or on every node: torchrun "
             f"--nnodes {trainer.nodes} --nproc-per-node DEVICES --rdzv-endpoint HOST:PORT {' '.join(sys.argv)}"
         )
+    import torch
+
     devices = int(trainer.devices) if trainer.devices.isdigit() else max(1, torch.cuda.device_count())
     if devices == 1:
         return
@@ -235,6 +238,9 @@ def process_group() -> Iterator[None]:
         places = {"RANK": rank(), "WORLD_SIZE": world_size(), "LOCAL_RANK": slurm.local_rank()}
         os.environ |= {k: str(v) for k, v in places.items()}
         os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}
+    import torch
+    from torch import distributed
+
     if not distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
