@@ -177,5 +177,5 @@ def test_scibench_score():
 
 
 def test_readers_name_every_task_of_the_suites():
-    named = {path.stem for path in (Path(harness.CONF) / "local").glob("*.yaml")}
+    named = {path.stem for path in (Path(harness.CONF) / "local").glob("*.yml")}
     assert {task.split("_cot")[0] for task in itertools.chain(*SUITES.values())} <= named

@@ -69,15 +69,29 @@ def task_manager(names: tuple[str, ...]) -> Any:
 
     root = Path(lm_eval.tasks.__file__).parent
     guesses = {folder for name in names for folder in _folders(root, name)}
-    manager = lm_eval.tasks.TaskManager(include_path=[*sorted(guesses), CONF / "tasks"], include_defaults=False)
+    manager = _manager(guesses)
     if not all(name in manager.task_index for name in names):
         known = _scan(root)
         unknown = [n for n in names if n not in manager.task_index and n not in known]
         if unknown:
-            near = closest(unknown[0], [*known, *manager.all_tasks])
+            near = closest(unknown[0], [*known, *manager.task_index])
             raise UserError(f"evaluation.tasks: {unknown[0]} is no task of lm-eval{near}")
         guesses |= {root / folder for name in names for folder in known.get(name, ())}
-        manager = lm_eval.tasks.TaskManager(include_path=[*sorted(guesses), CONF / "tasks"], include_defaults=False)
+        manager = _manager(guesses)
+    return manager
+
+
+def _manager(folders: set[Path]) -> Any:
+    """A TaskManager over these folders and conf/evaluation/tasks, which wins (.yml, so that Hydra lists no group)."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    manager = TaskManager(include_path=sorted(folders), include_defaults=False)
+    for path in sorted((CONF / "tasks").glob("*.yml")):
+        settings = load_yaml(path, resolve_func=False)
+        manager.task_index.pop(settings.get("group") or settings["task"], None)
+        TaskIndex.process_cfg(settings, path, manager.task_index)
     return manager
 
 
@@ -135,7 +149,7 @@ def _local(manager: Any, config: Evaluation) -> tuple[dict[str, Any], list[str]]
     """lm-eval's tasks with the data of conf/evaluation/local's readers; tasks whose files are absent are named."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    readers = [load_yaml(path) for path in sorted((CONF / "local").glob("*.yaml"))]
+    readers = [load_yaml(path) for path in sorted((CONF / "local").glob("*.yml"))]
     found, skipped = {}, []
     for name in dict.fromkeys(leaf for given in config.tasks for leaf in _leaves(manager, given)):
         reader = next((r for r in readers if fnmatch.fnmatch(name, r["task"])), None)
