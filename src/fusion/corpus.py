@@ -42,6 +42,8 @@ _DOCUMENT = 3_000
 
 @lru_cache
 def _stdlib(domain: str, split: str) -> tuple[str, ...]:
+    earlier = {"held_out": [], "fusion": ["held_out"], "train": ["held_out", "fusion"]}[split]
+    seen = {document for other in earlier for document in _stdlib(domain, other)}  # files repeat one another
     budget, documents = SPLITS[split], []
     for digest, read in sorted(_files(domain), key=lambda file: file[0]):
         share = int(digest[-8:], 16) / 2**32
@@ -51,6 +53,9 @@ def _stdlib(domain: str, split: str) -> tuple[str, ...]:
         for document in _pieces(read()):
             if len(document) > room:
                 break
+            if document in seen:
+                continue
+            seen.add(document)
             documents.append(document)
             room, budget = room - len(document), budget - len(document)
         if budget < _DOCUMENT:

@@ -36,6 +36,10 @@ class Row:
 
 def fuse(config: Run) -> dict[str, Any]:
     """The main job. Returns the figures of the report; whatever was computed before is found again."""
+    if config.plan:
+        from fusion.plan import print_plan
+
+        return print_plan(config)
     output = Path(config.output or Path(config.artifacts) / "results")
     refuse_foreign(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -43,6 +47,8 @@ def fuse(config: Run) -> dict[str, Any]:
     models = [config.target, *config.sources.values()]
     several("growing", [(grown, llm, config) for llm in models if llm.grow.architecture], config)
     config = resolve(config)
+    by_source = [(distributions, replace(config, sources={n: llm})) for n, llm in config.sources.items()]
+    several("running the sources", by_source, config)
     stores = distributions(config)
     runs = list(arms(config))
     several("training", [(train_target, run) for *_, run in runs], config)

@@ -19,6 +19,8 @@ GROWING = Optimizer(lr=3e-3, betas=[0.9, 0.95], weight_decay=0.1, warmup_ratio=0
 
 def precompute(config: Run) -> dict[str, Any]:
     """precompute.py: every source over the corpus, aligned to the target's tokens. Returns its figures."""
+    if config.plan:
+        return _plan(config)
     done = distributions(resolve(config))
     figures = {"tokens": read_manifest(done.tokens).get("tokens", 0)}
     for name, folder in done.distributions.items():
@@ -29,6 +31,8 @@ def precompute(config: Run) -> dict[str, Any]:
 
 def train(config: Run) -> dict[str, Any]:
     """train.py: the target, trained; `output` is a Hugging Face folder. Returns its figures."""
+    if config.plan:
+        return _plan(config)
     if config.output:
         refuse_foreign(Path(config.output))
     folder = train_target(resolve(config))
@@ -36,6 +40,12 @@ def train(config: Run) -> dict[str, Any]:
     output = _publish(folder, Path(config.output)) if config.output else folder
     print(f"the trained model: {output}")
     return figures | {"output": str(output)}
+
+
+def _plan(config: Run) -> dict[str, Any]:
+    from fusion.plan import print_plan
+
+    return print_plan(config)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
