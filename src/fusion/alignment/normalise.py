@@ -10,6 +10,7 @@ Decisions:
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -45,6 +46,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 ALPHABET = _byte_alphabet()
+_READ: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _byte_level(token: str) -> bytes:
@@ -162,6 +164,18 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
 
 
 def read_vocabulary(tokenizer: Any, width: int | None = None) -> Vocabulary:
+    """`Vocabulary` of a tokenizer; read once per tokenizer object and number of tokens."""
+    try:
+        known = _READ.setdefault(tokenizer, {})
+    except TypeError:  # not hashable, or no weak reference to it
+        return _read(tokenizer, width)
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    if (size, width) not in known:
+        known[size, width] = _read(tokenizer, width)
+    return known[size, width]
+
+
+def _read(tokenizer: Any, width: int | None) -> Vocabulary:
     """Everything about a transformers tokenizer (fast, slow or remote code) that alignment needs.
 
     `width` is the number of logits of the model, if it is larger than the tokenizer.
@@ -207,16 +221,15 @@ def read_vocabulary(tokenizer: Any, width: int | None = None) -> Vocabulary:
             for name, (spell, marker) in SPELLINGS.items()
             if not marker or any(t and marker in t for t in tokens)
         }
-    probes = [p for p in PROBES if "\ufffd" not in p]
-    rows = encode(tokenizer, probes)
+    rows = encode(tokenizer, list(PROBES))
 
     def right(text: list[bytes | None]) -> int:
         made = (b"".join(text[i] or b"" for i in row) for row in rows)
-        return sum(got in (_utf8(p), _utf8(f" {p}"), _utf8(f"{p} ")) for got, p in zip(made, probes, strict=True))
+        return sum(got in (_utf8(p), _utf8(f" {p}"), _utf8(f"{p} ")) for got, p in zip(made, PROBES, strict=True))
 
     spelling = max(spellings, key=lambda s: right(spellings[s]))  # ties: in the order of SPELLINGS
     text = spellings[spelling]
-    lossy = right(text) < len(probes)
+    lossy = right(text) < len(PROBES)
     marks = [tokens[i] for i in (getattr(tokenizer, "eos_token_id", None), *sorted(special)) if i is not None][:1]
     starts = encode(tokenizer, ["a", *(f"{m}a" for m in marks)])
     begins = [b"".join(text[i] or b"" for i in row if roles[i] is None).startswith(b" a") for row in starts]

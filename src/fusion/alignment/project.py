@@ -14,6 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from fusion.alignment.dtw import warp
+from fusion.alignment.edit import pack
 from fusion.alignment.normalise import read_vocabulary
 from fusion.alignment.spans import byte_ends, ends_with_eos, span_positions
 from fusion.alignment.statistics import Statistics
@@ -61,21 +62,21 @@ class Aligner:
             self.map = build_map(
                 self.source, self.target, target_tokenizer, config.criterion, config.normalise, statistics, cache
             )
-        match_s, match_t = match_keys(self.source, self.target, config.normalise)
-        known: dict = {None: 0}
-        self._match_s, self._match_t = (_intern(k, known) for k in (match_s, match_t))
-        if config.normalise == "bytes":
-            self._cost_s, self._cost_t = self._match_s, self._match_t
-        else:
-            cost: dict = {None: 0}
+        match = match_keys(self.source, self.target, config.normalise)
+        if config.normalise == "reference":  # the marker counts for equality, not for the distance
             marker = self.target.marker or self.source.marker
-            bare = [[k and k.replace(marker, "") for k in keys] for keys in (match_s, match_t)]
-            self._cost_s, self._cost_t = (_intern(k, cost) for k in bare)
-            known = cost
-        nothing = b"" if config.normalise == "bytes" else ""
-        self._strings = [nothing if k is None else k for k in known]
-        self._index = known
-        self._warned = not (self.source.lossy or self.target.lossy)
+            self._match, _ = _intern(match)
+            self._cost, strings = _intern([[k and k.replace(marker, "") for k in keys] for keys in match])
+            self._first = self._cost
+        else:  # the space before the first word is the tokenizer's, not the text's
+            bare = [
+                [k[1:] if v.prefix and k and k[:1] == b" " else k for k in keys]
+                for v, keys in zip((self.source, self.target), match, strict=True)
+            ]
+            numbers, strings = _intern([*match, *bare])
+            self._match, self._first = numbers[:2], numbers[2:]
+            self._cost = self._match
+        self._strings = pack(strings)
         self.lossy = 0
 
     def positions(self, source_ids: NDArray, target_ids: NDArray) -> NDArray[np.int32]:
@@ -83,6 +84,7 @@ class Aligner:
 
         Both rows of ids tokenise the same text.
         """
+        source_ids, target_ids = self._known(source_ids, target_ids)
         if self.config.criterion == "span":
             return self._spans(source_ids, target_ids)
         if self.map is None:
@@ -92,8 +94,9 @@ class Aligner:
 
     def count(self, source_ids: NDArray, target_ids: NDArray) -> None:
         """Add one text's aligned pairs of tokens to `statistics`."""
+        source_ids, target_ids = self._known(source_ids, target_ids)
         _, path = self._path(source_ids, target_ids)
-        self.statistics.add(np.asarray(source_ids)[path[:, 0]], np.asarray(target_ids)[path[:, 1]])
+        self.statistics.add(source_ids[path[:, 0]], target_ids[path[:, 1]])
 
     def project(self, positions: NDArray, ids: NDArray, logprobs: NDArray, target_ids: NDArray) -> Projection:
         """Distributions `ids`, `logprobs` [Ts, K] of the source under the target's ids, at the target's positions."""
@@ -111,27 +114,31 @@ class Aligner:
             )
         )
 
-    def cost(self, source_ids: NDArray, target_ids: NDArray) -> int:
-        """Total edit distance of the DTW path."""
-        return self._path(source_ids, target_ids)[0]
+    def path(self, source_ids: NDArray, target_ids: NDArray) -> tuple[int, NDArray[np.int32]]:
+        """(total edit distance, DTW path [P, 2] of (source, target) positions) of one text."""
+        return self._path(*self._known(source_ids, target_ids))
+
+    def _known(self, *rows: NDArray) -> list[NDArray[np.int64]]:
+        out = []
+        for side, vocabulary, row in zip(("source", "target"), (self.source, self.target), rows, strict=True):
+            ids = np.asarray(row, np.int64)
+            if len(ids) and not 0 <= ids.min() <= ids.max() < len(vocabulary):
+                raise UserError(
+                    f"the {side}'s tokens reach id {ids.max()}, its vocabulary only {len(vocabulary)}: is the "
+                    f"tokenizer the model's own? (if its logits are wider, give {side}_width)"
+                )
+            out.append(ids)
+        return out
 
     def _path(self, source_ids: NDArray, target_ids: NDArray) -> tuple[int, NDArray[np.int32]]:
-        return warp(*self._rows(self._cost_s, self._cost_t, source_ids, target_ids), self._strings)
+        return warp(*self._rows(self._cost, source_ids, target_ids), self._strings)
 
-    def _rows(self, of_s, of_t, source_ids, target_ids):
-        s, t = of_s[source_ids], of_t[target_ids]
-        if self.config.normalise == "bytes":  # the space before the first word is the tokenizer's, not the text's
-            for row, vocabulary, ids in ((s, self.source, source_ids), (t, self.target, target_ids)):
-                text = vocabulary.text[int(ids[0])] if len(ids) and vocabulary.prefix else None
-                if text and text[:1] == b" ":
-                    row[0] = self._index_of(text[1:])
-        return s, t
-
-    def _index_of(self, key: bytes) -> int:
-        if key not in self._index:
-            self._index[key] = len(self._index)
-            self._strings.append(key)
-        return self._index[key]
+    def _rows(self, keys: list[NDArray], source_ids: NDArray, target_ids: NDArray) -> list[NDArray[np.int32]]:
+        rows = [k[ids] for k, ids in zip(keys, (source_ids, target_ids), strict=True)]
+        for row, first, ids in zip(rows, self._first, (source_ids, target_ids), strict=True):
+            if len(row) and self.config.normalise == "bytes":
+                row[0] = first[ids[0]]
+        return rows
 
     def _unique(self, path: NDArray[np.int32], source_ids: NDArray, target_ids: NDArray) -> NDArray[np.int32]:
         """Where target position i lies on one j of the path and the two tokens match."""
@@ -140,12 +147,11 @@ class Aligner:
             return out
         single = np.bincount(path[:, 1], minlength=len(target_ids)) == 1
         j, i = path[single[path[:, 1]]].T
-        s, t = self._rows(self._match_s, self._match_t, source_ids, target_ids)
+        s, t = self._rows(self._match, source_ids, target_ids)
         same = s[j] == t[i]
-        if self.config.normalise == "reference" and len(i) and i[0] == 0 and not same[0]:
+        if self.config.normalise == "reference" and len(i) and i[0] == 0:
             # the release lets a first word without its marker match one with it
-            first, other = (k[int(r[0])] for k, r in ((self._cost_s, source_ids[j[:1]]), (self._cost_t, target_ids)))
-            same[0] = first == other
+            same[0] |= self._first[0][source_ids[j[0]]] == self._first[1][target_ids[0]]
         if self.config.criterion != "em":
             same |= self.map[source_ids[j]] == target_ids[i]
         out[i[same]] = j[same]
@@ -171,8 +177,11 @@ class Aligner:
             log.warning("a text is spelled differently by the two tokenizers (one is lossy): its middle goes by DTW")
 
 
-def _intern(keys: list, known: dict) -> NDArray[np.int64]:
-    return np.array([known.setdefault(k, len(known)) for k in keys], np.int64)
+def _intern(rows: list[list]) -> tuple[list[NDArray[np.int32]], list]:
+    """(a number for every entry, equal for equal entries; the entries by number, none as empty)."""
+    known: dict = {}
+    numbers = [np.array([known.setdefault(k, len(known)) for k in row], np.int32) for row in rows]
+    return numbers, [() if k is None else k for k in known]
 
 
 @njit(cache=True)

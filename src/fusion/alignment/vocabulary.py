@@ -11,6 +11,7 @@ Where several target ids spell the same bytes (a piece and a fallback byte), onl
 counts. Special tokens map by role and never by spelling.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
-from rapidfuzz.process import cdist
 from safetensors.numpy import load_file, save_file
 
+from fusion.alignment.edit import nearest, pack
 from fusion.alignment.normalise import Vocabulary, encode, read_vocabulary
 from fusion.alignment.statistics import Statistics
-from fusion.artifact import artifact, fingerprint
+from fusion.artifact import artifact
 from fusion.config import UserError
 
 VERSION = 1  # of the maps: a change of rule gives a new artifact
@@ -80,8 +81,8 @@ def build_map(
         "version": VERSION,
         "criterion": criterion,
         "normalise": normalise,
-        "source": fingerprint([repr(k) for k in s]),
-        "target": fingerprint([repr(k) for k in t]),
+        "source": _digest(s),
+        "target": _digest(t),
     }
 
     def build(folder: Path) -> dict[str, Any]:
@@ -112,19 +113,17 @@ def em(s: list, t: list, target: Vocabulary, normalise: str) -> NDArray[np.int32
 
 
 def mined(exact: NDArray[np.int32], s: list, t: list) -> NDArray[np.int32]:
-    seen: set = set()
-    candidates = []
+    first: dict = {}
     for i, key in enumerate(t):
-        if key is not None and not _role(key) and key not in seen:
-            seen.add(key)
-            candidates.append(i)
+        if key is not None and not _role(key):
+            first.setdefault(key, i)
+    rest = np.array([i for i in np.flatnonzero(exact < 0) if s[i] is not None and not _role(s[i])], np.int64)
+    found = nearest(
+        np.arange(len(rest)), np.arange(len(rest), len(rest) + len(first)), pack([*(s[i] for i in rest), *first])
+    )
     out = exact.copy()
-    rest = [i for i in np.flatnonzero(exact < 0) if s[i] is not None and not _role(s[i])]
-    texts = [t[i] for i in candidates]
-    for at in range(0, len(rest), 256):
-        some = rest[at : at + 256]
-        distances = cdist([s[i] for i in some], texts, scorer=Levenshtein.distance, dtype=np.int32)
-        out[some] = np.array(candidates, np.int32)[distances.argmin(1)]
+    if first:
+        out[rest] = np.fromiter(first.values(), np.int32)[found]
     return out
 
 
@@ -194,6 +193,16 @@ def _starts(piece: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _digest(keys: list) -> str:
+    whole = hashlib.sha256()
+    for key in keys:
+        whole.update(
+            b"\xff\xff" if key is None else key if isinstance(key, bytes) else key.encode("utf-8", "surrogatepass")
+        )
+        whole.update(b"\xff\xfe")
+    return whole.hexdigest()[:16]
 
 
 def _role(key: bytes | str) -> bool:
