@@ -26,7 +26,7 @@ OURS = {
     "varm layer": ["merge=varm", "granularity=layer"],
     "varm matrix": ["merge=varm", "granularity=matrix"],
     "varm parameter": ["merge=varm", "granularity=parameter"],
-    "varm all four": ["merge=varm", "-m", "granularity=model,layer,matrix,parameter"],
+    "varm all four": ["-m", "merge=varm", "granularity=model,layer,matrix,parameter"],
     "ties": ["merge=ties", "merge.weights=[0.5,0.3,0.2]", "merge.density=0.5", "merge.vote=weighted"],
     "dare_linear": ["merge=dare_linear", "merge.weights=[0.5,0.3,0.2]", "merge.density=0.5"],
     "dare_ties": ["merge=dare_ties", "merge.weights=[0.5,0.3,0.2]", "merge.density=0.5", "merge.vote=weighted"],
@@ -139,9 +139,9 @@ def ours(folder: Path, name: str, base: Path, models: list[Path], device: str) -
         shutil.rmtree(model / ".fusion", ignore_errors=True)  # every run measures its own statistics
     chosen = models[:2] if name == "slerp" else models
     listed = ",".join(map(str, chosen))
-    command = [sys.executable, str(ROOT / "merge.py"), f"base={base}", f"models=[{listed}]", f"output={output}"]
+    command = [sys.executable, str(ROOT / "merge.py"), *OURS[name]]
     where = [f"hydra.run.dir={folder}/hydra", f"hydra.sweep.dir={folder}/hydra", f"device={device}"]
-    return run([*command, *OURS[name], *where])
+    return run([*command, f"base={base}", f"models=[{listed}]", f"output={output}", *where])
 
 
 def mergekit_config(name: str, base: Path, models: list[Path]) -> dict | None:

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as distributed
 from filelock import FileLock
 
 MANIFEST = "manifest.json"
@@ -58,6 +57,8 @@ def artifact(
     With `together` every rank of torch.distributed takes part in `build` (a training run) and the first one commits;
     otherwise the first process to come builds and the others wait.
     """
+    from torch import distributed  # merging uses this file and starts without torch
+
     folder = Path(root) / kind / fingerprint(recipe)
     together = together and distributed.is_available() and distributed.is_initialized()
     leads = not together or distributed.get_rank() == 0

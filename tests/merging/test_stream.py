@@ -132,6 +132,21 @@ def test_dtype_and_arithmetic(world: Path) -> None:
         merge(config(world, "linear", models=["big"], base=str(world / "big"), dtype="float16", overwrite=True))
 
 
+@pytest.mark.parametrize("method", ALL)
+def test_a_device_gives_the_same_merge(world: Path, method: str) -> None:
+    """What runs on a GPU, run by torch on the CPU: equal but for the order of sums."""
+    found = load_all(merge(config(world, method, "there", device="cpu:0", dtype="float32")))
+    wanted = load_all(merge(config(world, method, "here", dtype="float32")))
+    assert all(torch.allclose(found[n], wanted[n], rtol=0, atol=2e-7) for n in wanted)
+
+
+def test_a_device_that_is_not_there(world: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=r"device=cuda cannot be used here .*: set device=cpu"):
+        merge(config(world, device="cuda"))
+
+
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for file in folder.glob("*.safetensors") for n, t in load_torch(file).items()}
 

@@ -95,27 +95,43 @@ def draw(path: Path, rows: list[tuple[str, list[float]]], models: list[str], met
     strip = np.array([w for _, w in outside]).T.reshape(len(models), 1, -1)
     values = np.concatenate([grid[np.isfinite(grid)], strip.ravel()])
     low, high = min(0.0, values.min()), values.max()
-    size = (max(4.0, 0.34 * max(len(kinds), strip.shape[2]) + 1.6), 0.17 * len(layers) + 4.2)
-    figure = Figure(figsize=(size[0] * len(models) + 1, min(size[1], 16)), dpi=110, layout="constrained")
+    width = 0.22 * max(len(kinds), strip.shape[2]) + 1.0
+    height = min(0.2 * len(layers), 11.0) + 4.4
+    figure = Figure(figsize=(width * len(models) + 1.6, height), dpi=100)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(models), squeeze=False, height_ratios=[max(4, len(layers)), 1])
+    # inches from the edges: 1.5 for the names under the strip, 1.6 for those under the layers, 0.7 for the titles
+    inches = {"left": 0.6, "right": width * len(models) + 0.5}
+    edges = {side: value / figure.get_figwidth() for side, value in inches.items()}
+    ratios = [height - 4.2, 0.22]
+    axes = figure.subplots(2, len(models), squeeze=False, height_ratios=ratios)
+    figure.subplots_adjust(
+        **edges, top=1 - 0.7 / height, bottom=1.55 / height, hspace=2 * 1.75 / sum(ratios), wspace=0.12
+    )
+    shown = {"vmin": low, "vmax": high, "cmap": "viridis", "aspect": "auto", "interpolation": "nearest"}
     for j, model in enumerate(models):
-        image = axes[0, j].imshow(grid[j], vmin=low, vmax=high, cmap="viridis", aspect="auto", interpolation="nearest")
-        axes[1, j].imshow(strip[j], vmin=low, vmax=high, cmap="viridis", aspect="auto", interpolation="nearest")
+        image = axes[0, j].imshow(grid[j], **shown)
         axes[0, j].set_title(model, fontsize=10)
-        axes[0, j].set_xticks(range(len(kinds)), [k.removesuffix(".weight") for k in kinds], rotation=90, fontsize=7)
-        axes[0, j].xaxis.set_ticks_position("bottom")
-        step = max(1, len(layers) // 24)
-        axes[0, j].set_yticks(range(0, len(layers), step), [x.rpartition(".")[2] for x in layers[::step]], fontsize=7)
-        axes[1, j].set_xticks(
-            range(len(outside)), [n.removesuffix(".weight") for n, _ in outside], rotation=90, fontsize=7
-        )
-        axes[1, j].set_yticks([])
-    axes[0, 0].set_ylabel("layer")
-    axes[1, 0].set_ylabel("outside", fontsize=8)
-    figure.colorbar(image, ax=axes, label="effective weight", shrink=0.7)
-    figure.suptitle(f"{method}, granularity {granularity}", fontsize=11)
+        axes[0, j].set_xticks(range(len(kinds)), [short(k) for k in kinds], rotation=90, fontsize=7)
+        step = max(1, len(layers) // 16)
+        numbers = [x.rpartition(".")[2] for x in layers[::step]]
+        axes[0, j].set_yticks(range(0, len(layers), step), numbers if j == 0 else [], fontsize=7)
+        if outside:
+            axes[1, j].imshow(strip[j], **shown)
+            axes[1, j].set_xticks(range(len(outside)), [short(n) for n, _ in outside], rotation=90, fontsize=7)
+            axes[1, j].set_yticks([])
+        else:
+            axes[1, j].axis("off")
+    axes[0, 0].set_ylabel("layer", fontsize=8)
+    bar = figure.add_axes((edges["right"] + 0.15 / figure.get_figwidth(), 0.35, 0.14 / figure.get_figwidth(), 0.5))
+    figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
+    figure.suptitle(f"effective weight: {method}, granularity {granularity}", fontsize=10, y=1 - 0.12 / height)
     figure.savefig(path, metadata={"Software": None})
+
+
+def short(name: str) -> str:
+    """A tensor's name as it fits under an axis."""
+    name = name.removesuffix(".weight")
+    return name if len(name) <= 24 else f"…{name[-23:]}"
 
 
 def write_card(job: "Job", folder: Path, table: dict[str, dict[str, Any]]) -> None:

@@ -26,6 +26,7 @@ from fusion.merging.streaming import CHUNK, Tensor
 from fusion.merging.units import unit_of
 
 MANIFEST = "merge_manifest.json"
+FLUSH = 1 << 27  # bytes written between two requests to the disk
 DRIVERS = 3  # tensors in flight, so that the last chunks of one do not leave threads idle
 
 
@@ -77,6 +78,7 @@ def prepare(config: Merge) -> Job:
     output = Path(config.output).expanduser().resolve()
     if any(output == m.path.resolve() for m in [pivot, *models]):
         raise UserError(f"output={config.output} is one of the inputs: choose another folder")
+    check_device(config.device)
     trial = Tensor(
         "trial",
         1,
@@ -98,6 +100,19 @@ def prepare(config: Merge) -> Job:
     kept = [n for n, e in pivot.entries.items() if e.dtype not in STORED or (n in found and n not in mixed)]
     headers, places = layout(pivot.entries.items(), config.dtype, int(config.shard_gb * 1e9))
     return Job(config, method, options, pivot, models, kept, left_out, headers, places)
+
+
+def check_device(device: str) -> None:
+    """`cpu` runs compiled loops, every other device torch (`cpu:0` is torch on the CPU: for comparison)."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={device} cannot be used here ({reason}): set device=cpu") from error
 
 
 def conflicts(pivot: Model, models: list[Model]) -> dict[str, list[str]]:
@@ -149,8 +164,7 @@ def merge(config: Merge) -> Path:
             shutil.rmtree(partial)  # what is left of another merge: never mixed with this one
         partial.mkdir(exist_ok=True)
         write_json(partial / "recipe.json", recipe)
-        table = Streams(job, partial).run()
-        finish(job, partial, table, recipe)
+        Streams(job, partial).run()
         old = output.with_name(f"{output.name}.old")
         if output.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -190,9 +204,10 @@ class Streams:
         self.journal = folder / "journal.jsonl"
         self.device = None if job.config.device == "cpu" else job.config.device
         self.table: dict[str, dict[str, Any]] = {}
+        self.unflushed = 0
 
-    def run(self) -> dict[str, dict[str, Any]]:
-        """Write every tensor. Returns per tensor its digest and the models' effective weights."""
+    def run(self) -> None:
+        """Fill the folder: every tensor, then what belongs beside them."""
         self.files = {file: self.open(file, header) for file, header in self.job.headers.items()}
         try:
             self.resume()
@@ -200,6 +215,7 @@ class Streams:
             with (
                 ThreadPoolExecutor(self.threads) as self.workers,
                 ThreadPoolExecutor(min(DRIVERS, self.threads)) as drivers,
+                ThreadPoolExecutor(1) as self.flusher,
                 open(self.journal, "a") as self.log,
             ):
                 waiting = [drivers.submit(self.one, name) for name in todo]
@@ -210,13 +226,15 @@ class Streams:
                     for future in waiting:
                         future.cancel()
                     raise
-            for file in self.files.values():
-                os.fsync(file)
+            self.movements.save()
+            table = {name: self.table[name] for name in self.job.pivot.entries}
+            with ThreadPoolExecutor(1) as last:
+                durable = last.submit(lambda: [os.fsync(file) for file in self.files.values()])
+                finish(self.job, self.folder, table)  # tables, picture and card while the disk works
+                durable.result()
         finally:
             for file in self.files.values():
                 os.close(file)
-        self.movements.save()
-        return {name: self.table[name] for name in self.job.pivot.entries}
 
     def open(self, file: str, header: bytes) -> int:
         """An output file at its final size, its header in place."""
@@ -307,6 +325,10 @@ class Streams:
             self.table[name] = {"digest": digest, "weights": weights}
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
+            self.unflushed += place.end - place.begin
+            if self.unflushed > FLUSH:
+                self.unflushed = 0
+                self.flusher.submit(os.fdatasync, self.files[place.file])  # the disk works while we compute
         for model in self.job.inputs:
             if name in model.entries:
                 model.forget(name)
@@ -360,8 +382,9 @@ def tree_digest(header: bytes, places: dict[str, Entry], file: str, table: dict[
     return tree.hexdigest()
 
 
-def finish(job: Job, folder: Path, table: dict[str, dict[str, Any]], recipe: dict[str, Any]) -> None:
+def finish(job: Job, folder: Path, table: dict[str, dict[str, Any]]) -> None:
     """Everything beside the weights: index, configs, tokenizer, card, weights table, manifest."""
+    recipe = read_recipe(folder)
     for path in side_files(job.pivot.path):
         shutil.copyfile(path, folder / path.name)
     if len(job.headers) > 1:
