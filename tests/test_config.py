@@ -14,6 +14,7 @@ CONF = ROOT / "conf"
 NEEDS = {  # what an option leaves to the user
     "corpus/jsonl": ["corpus.path=texts.jsonl"],
     "corpus/chat": ["corpus.path=chats.jsonl"],
+    "target/model": ["target.path=some/model"],
     "merge": ["base=A", "models=[B,C]", "output=D"],
     "evaluation": ["models=[A]"],
 }

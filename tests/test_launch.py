@@ -44,7 +44,7 @@ def test_the_table_of_a_sweep_reads_what_jobs_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["corpus.path=nowhere.jsonl", "target.path=./nowhere"])
 def test_a_missing_path_is_one_line_and_code_two(missing: str, tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text('{"text": "some text to train on"}\n')
-    fixed = ["corpus=jsonl", "corpus.path=texts.jsonl", "sources=[]", "target.grow.architecture=''", missing]
+    fixed = ["corpus=jsonl", "corpus.path=texts.jsonl", "sources=[]", "target=model", missing]
     command = [sys.executable, str(ROOT / "train.py"), *fixed]
     if "target" not in missing:
         command.append("target.path=./nowhere")

@@ -39,7 +39,7 @@ def overrides(config: Run, **more: object) -> list[str]:
         "corpus.path": config.corpus.path,
         "corpus.block_size": config.corpus.block_size,
         "corpus.held_out": config.corpus.held_out,
-        "target.grow.architecture": "''",
+        "target": "model",
         "target.path": config.target.path,
         "target.dtype": "float32",
         "externalize.shard_blocks": 8,

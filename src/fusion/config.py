@@ -373,9 +373,11 @@ def check(config: Run | Merge | Evaluate) -> None:
 def _check_run(config: Run) -> None:
     models = {"target": config.target} | {f"sources.{name}": llm for name, llm in config.sources.items()}
     for name, llm in models.items():
-        if bool(llm.path) == bool(llm.grow.architecture):
-            what = "both a path and a recipe to grow it" if llm.path else "neither a path nor a recipe to grow it"
-            raise UserError(f"{name} has {what}: set {name}.path to a Hugging Face folder or hub name")
+        if llm.path and llm.grow.architecture:
+            other = "choose target=model" if name == "target" else f"choose another name than {name}"
+            raise UserError(f"{name} has both a path and a recipe to grow it: {other}, then set its path")
+        if not llm.path and not llm.grow.architecture:
+            raise UserError(f"{name}.path is empty: set it to a Hugging Face folder or hub name")
     if config.corpus.source != "stdlib" and not config.corpus.path:
         raise UserError(f"corpus.path is empty: corpus.source={config.corpus.source} needs a file, folder or data set")
     if config.objective.tail == "bucket" and config.objective.temperature != 1:

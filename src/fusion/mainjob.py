@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fusion.artifact import MANIFEST, fingerprint, read_manifest, write_atomic, write_json
 from fusion.config import Evaluate, Logger, Merge, Run, UserError
+from fusion.launch import quiet
 from fusion.stages import distributions, grown, refuse_foreign, resolve, train_target
 
 TEXT_ONLY, FUSELLM, TARGET = "text only", "FuseLLM", "target as it was"
@@ -109,6 +110,7 @@ def quietly(function: Callable, *arguments: Any) -> None:
     """A task in a process of its own: one thread, no bars."""
     import torch
 
+    quiet()
     torch.set_num_threads(1)
     *first, config = arguments
     function(*first, replace(config, trainer=replace(config.trainer, threads=1, progress=False), logger=Logger()))
