@@ -375,6 +375,39 @@ def test_goldens_of_mergekit(shared: Path, tmp_path: Path, monkeypatch: pytest.M
     assert max(abs(found[k] - wanted[k]).max() for k in wanted) <= 5e-7
 
 
+@pytest.fixture(scope="module")
+def recorded() -> dict:
+    return json.loads((Path(__file__).parent / "mergekit_0_1_5.json").read_text())
+
+
+@pytest.mark.parametrize("vote", ["weighted", "count"])
+@pytest.mark.parametrize("density", [0.5, 0.2])
+def test_ties_as_mergekit_trims_and_votes(recorded: dict, vote: str, density: float) -> None:
+    rows = np.float32(recorded["rows"]) * np.float32(2**-20)
+    found, _ = merged("ties", rows, weights=recorded["weights"], density=density, vote=vote)
+    close(found, recorded["cases"][f"ties {vote} {density}"])
+
+
+@pytest.mark.parametrize("name", ["dare", "dare_ties"])
+def test_dare_rescaled_as_mergekit_does(recorded: dict, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.float32(recorded["rows"]) * np.float32(2**-20)
+    marks = {f"0/{j}/model.layers.0.x.weight".encode(): np.float32(line) for j, line in enumerate(recorded["mask"])}
+    keys = {int(methods.xxhash.xxh3_64_intdigest(text)): line for text, line in marks.items()}
+    fixed = lambda like, key, start, density, value: keys[int(key)][start : start + like.size] * value  # noqa: E731
+    monkeypatch.setattr(methods, "bernoulli", fixed)
+    options = {"vote": "weighted"} if name == "dare_ties" else {}
+    method = "dare_ties" if name == "dare_ties" else "dare_linear"
+    found, _ = merged(method, rows, weights=recorded["weights"], density=0.4, rescale="l1", **options)
+    close(found, recorded["cases"][f"{name} l1"])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.2])
+def test_sce_as_mergekit_selects(recorded: dict, share: float) -> None:
+    rows = np.float32(recorded["rows"]) * np.float32(2**-20)
+    found, _ = merged("sce", rows, select_topk=share, variant="mergekit")
+    close(found, recorded["cases"][f"sce {share}"])
+
+
 VARM = {
     "avg_model_square": ("model", {}),
     "avg_layer_square": ("layer", {"layer_statistic": "sum_of_means"}),
