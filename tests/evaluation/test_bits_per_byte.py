@@ -224,3 +224,11 @@ def test_a_limit_takes_examples_from_everywhere():
 
     assert spread(10, 0) == spread(10, 99) == list(range(10))
     assert spread(10, 3) == [0, 3, 6]
+
+
+def test_plan_measures_nothing(tiny_models, tmp_path, capsys):
+    config = run(tmp_path, [str(tiny_models.path("a"))])
+    config.plan = True
+    assert evaluate(config) == {}
+    assert "a: prose, letters" in capsys.readouterr().out
+    assert not (tmp_path / "artifacts").exists()

@@ -58,6 +58,7 @@ def config(shared, tmp_path, tasks, **options):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_by_default_nothing_runs(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "run", lambda *a, **k: pytest.fail("code was run"))
     evaluate(config(shared, tmp_path, ["humaneval", "multipl_e_cpp", "multipl_e_rs"]))

@@ -23,6 +23,7 @@ def command(*arguments, folder):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_command_writes_tables_everywhere(tiny_models, tmp_path):
     (tmp_path / "prose.jsonl").write_text('{"text": "one two three"}\n{"text": "four five"}\n')
     done = command(

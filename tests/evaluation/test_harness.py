@@ -51,6 +51,7 @@ def test_every_task_of_a_suite_reads_its_local_files(shared, suite):
         assert skipped == [f"arc_easy: no arc/ARC-Easy-Test.jsonl or arc/ARC-Easy-Dev.jsonl in {shared / 'data/eval'}"]
 
 
+@pytest.mark.slow
 def test_commonsense_near_chance_and_complete(shared, tmp_path):
     results, records = run(shared, tmp_path, SUITES["commonsense"][1:], limit=24)
     row = results["rows"]["stories260K"]
@@ -109,6 +110,7 @@ def test_lambada_by_hand(shared, stories, tmp_path):
     assert cell["metrics"]["perplexity"] == pytest.approx(torch.tensor(-total / 10).exp().item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_generation_and_truncation(shared, tmp_path):
     """Prompts longer than the context lose their beginning; the facts say how many, and the cap."""
     tasks = ["drop", "translation_de-en", "scibench", "triviaqa", "bbh_cot_fewshot_snarks"]

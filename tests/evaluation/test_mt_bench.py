@@ -259,3 +259,19 @@ def test_real_questions_and_prompts(shared):
 def test_missing_files(tmp_path):
     with pytest.raises(UserError, match=r"no mt_bench/question\.jsonl"):
         mt_bench.read_data(str(tmp_path))
+
+
+def test_model_without_a_chat_template(tiny_models, data, tmp_path):
+    model, tokenizer = tiny_models.load("a")
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        mt_bench.answer(QUESTIONS, Evaluation(), model, tokenizer, tmp_path)
+
+
+def test_replies_are_the_same_alone_and_in_a_batch(tiny_models):
+    """Left padding changes nothing; a dialogue longer than the context loses its beginning and says so."""
+    model, tokenizer = tiny_models.load("a")
+    dialogues = [[{"role": "user", "content": text}] for text in ("Hi.", "Tell me more about it.", "word " * 99)]
+    together, cut = mt_bench.reply(model, tokenizer, dialogues, 0.0, 8, 0)
+    assert together == [mt_bench.reply(model, tokenizer, [d], 0.0, 8, 0)[0][0] for d in dialogues]
+    assert cut == [False, False, True]
