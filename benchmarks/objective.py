@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[32000, 128000])
+    parser.add_argument("--vocabulary", type=int, nargs="*", default=[32000, 128000])
     parser.add_argument("--entries", type=int, nargs="+", default=[10, 64])
     parser.add_argument("--dense", type=int, default=32000, help="largest vocabulary for the dense targets")
     parser.add_argument("--step", action="store_true", help="also whole training steps")
@@ -96,15 +96,18 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor, fused: TopK, **options:
 
 
 def dense_min_ce(hidden: Tensor, weight: Tensor, labels: Tensor, sources: list[TopK], ce: Tensor) -> Tensor:
-    """As released: a target matrix [B, T, V] of every source, a choice between them, KL on full logits."""
-    V = len(weight)
+    """As released: a target matrix [B, T, V] of every source, source by source the better one, KL on full logits,
+    cross-entropy on a shifted copy of them."""
+    V, reward = len(weight), (-ce).exp()
     matrices = [torch.zeros(B, T, V).scatter_(-1, s.ids, s.logprobs.exp()) for s in sources]
-    chosen = matrices[0].clone()
-    for b, best in enumerate(ce.argmin(0).tolist()):
-        chosen[b] = matrices[best][b]
-    logits = hidden @ weight.T
-    fusion = F.kl_div(logits.log_softmax(-1), chosen.flatten(0, 1), reduction="none").sum(-1).mean()
-    return 0.9 * F.cross_entropy(logits, labels) + 0.1 * fusion
+    chosen, best = matrices[0], reward[0]
+    for matrix, other in zip(matrices[1:], reward[1:], strict=True):
+        chosen = torch.where((other > best)[:, None, None], matrix, chosen)
+        best = torch.maximum(best, other)
+    logits = (hidden @ weight.T).view(B, T, V)
+    clm = F.cross_entropy(logits[:, :-1].contiguous().flatten(0, 1), labels.view(B, T)[:, 1:].flatten())
+    fusion = F.kl_div(logits.log_softmax(-1), chosen, reduction="none").sum(-1).mean()
+    return 0.9 * clm + 0.1 * fusion
 
 
 def steps(args: argparse.Namespace) -> None:
