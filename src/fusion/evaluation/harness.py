@@ -269,7 +269,11 @@ def _words(sample: dict[str, Any]) -> dict[str, Any]:
     arguments = sample["arguments"]
     calls = list(arguments.values()) if isinstance(arguments, dict) else arguments
     first = next(iter(calls[0].values())) if isinstance(calls[0], dict) else calls[0][0]
-    return {"prompt": first, "response": sample["filtered_resps"], "gold": sample["target"]}
+    return {
+        "prompt": first,
+        "response": sample["filtered_resps"],
+        "gold": sample["doc"].get("answers") or sample["target"],
+    }
 
 
 def _facts(samples: list[dict[str, Any]], wrapped: Any, room: int) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         "command": " ".join(sys.argv),
         "versions": versions(),
     }
+    what = config.evaluation.tasks if config.evaluation.kind == "harness" else [config.evaluation.kind]
+    results["title"] = f"{', '.join(what)} against {baseline}"
     results["models"] = dict(zip(names, config.models, strict=True))
     output = Path(config.output)
     write_examples(output, rows)

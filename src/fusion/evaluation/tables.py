@@ -19,14 +19,10 @@ def write(results: dict[str, Any], output: Path) -> None:
     """results.json, results.md and results.png into `output`, and the table to the terminal."""
     output.mkdir(parents=True, exist_ok=True)
     head, lines = cells(results)
-    print_table(head, lines, title(results))
+    print_table(head, lines, results["title"])
     plot(results, output / "results.png")
     write_atomic(output / "results.md", as_text(results, head, lines).encode())
     write_results(output / RESULTS, results)
-
-
-def title(results: dict[str, Any]) -> str:
-    return f"{results['kind']}, against {results['baseline']}"
 
 
 def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -61,7 +57,7 @@ def as_text(results: dict[str, Any], head: list[str], lines: list[list[str]]) ->
     """results.md."""
     columns = results["columns"]
     resamples = results["bootstrap"]
-    parts = [f"# {title(results)}\n", markdown(head, lines)]
+    parts = [f"# {results['title']}\n", markdown(head, lines)]
     parts.append(
         f"In brackets the relative change against {results['baseline']}. "
         + (f"`*`: the middle 95 % of {resamples} paired bootstrap resamples of the difference leave out zero.\n"
@@ -126,10 +122,11 @@ def print_table(head: list[str], lines: list[list[str]], caption: str) -> None:
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in lines:
         table.add_row(*row)
-    console = Console()
+    console = Console(markup=False)
     if not console.is_terminal:  # a log has no width: one line a row
         console = Console(
-            width=max(100, 3 * len(head) + sum(max(len(r[i]) for r in [head, *lines]) for i in range(len(head))))
+            markup=False,
+            width=max(100, 3 * len(head) + sum(max(len(r[i]) for r in [head, *lines]) for i in range(len(head)))),
         )
     console.print(table)
 
