@@ -67,7 +67,7 @@ class Aligner:
             marker = self.target.marker or self.source.marker
             self._match, _ = _intern(match)
             self._cost, strings = _intern([[k and k.replace(marker, "") for k in keys] for keys in match])
-            self._first = self._cost
+            self._first = self._cost  # unused: the marker is gone already
         else:  # the space before the first word is the tokenizer's, not the text's
             bare = [
                 [k[1:] if v.prefix and k and k[:1] == b" " else k for k in keys]
@@ -149,11 +149,16 @@ class Aligner:
         j, i = path[single[path[:, 1]]].T
         s, t = self._rows(self._match, source_ids, target_ids)
         same = s[j] == t[i]
-        if self.config.normalise == "reference" and len(i) and i[0] == 0:
-            # the release lets a first word without its marker match one with it
-            same[0] |= self._first[0][source_ids[j[0]]] == self._first[1][target_ids[0]]
         if self.config.criterion != "em":
             same |= self.map[source_ids[j]] == target_ids[i]
+        if self.config.normalise == "reference" and len(i) and i[0] == 0:
+            # the release writes the marker before a first word that lacks it, then compares and looks up that
+            first, token = self.target.tokens[target_ids[0]], self.source.tokens[source_ids[j[0]]]
+            marks = self.target.marker, self.source.marker
+            if all(marks) and first.startswith(marks[0]) and not token.startswith(marks[1]):
+                written = self.source.tokens.index(marks[1] + token) if marks[1] + token in self.source.tokens else -1
+                mapped = self.config.criterion != "em" and written >= 0 and self.map[written] == target_ids[0]
+                same[0] = first == marks[0] + token or mapped
         out[i[same]] = j[same]
         return out
 

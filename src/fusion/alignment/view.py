@@ -49,7 +49,7 @@ def look(
     target_ids: NDArray,
     distributions: tuple[NDArray, NDArray] | None = None,
 ) -> View:
-    """The view of one text. `distributions` (ids, logprobs [Ts, K]): the source's top-k, shown beside its projection."""
+    """The view of one text; `distributions` (ids, logprobs [Ts, K]): the source's top-k, shown with its projection."""
     source, target = aligner.source, aligner.target
     positions = aligner.positions(source_ids, target_ids)
     if aligner.config.criterion == "span":
@@ -178,7 +178,8 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ --bg:#fff; --ink:#1c1c1e; --dim:#6b6b70; --line:#c9c9ce; --soft:#f3f3f5 }}
-@media (prefers-color-scheme: dark) {{ :root {{ --bg:#151517; --ink:#eee; --dim:#a0a0a8; --line:#4a4a50; --soft:#222226 }} }}
+@media (prefers-color-scheme: dark) {{ :root {{
+  --bg:#151517; --ink:#eee; --dim:#a0a0a8; --line:#4a4a50; --soft:#222226 }} }}
 body {{ background:var(--bg); color:var(--ink); font:15px/1.4 system-ui, sans-serif; margin:0 auto; max-width:1100px;
   padding:1rem 1rem 9rem }}
 h1 {{ font-size:1.15rem; margin:0; overflow-wrap:anywhere }} p {{ color:var(--dim); margin:.3rem 0 1rem }}
@@ -189,7 +190,7 @@ h1 {{ font-size:1.15rem; margin:0; overflow-wrap:anywhere }} p {{ color:var(--di
   border-radius:4px; padding:2px 4px; cursor:default; overflow-wrap:anywhere; max-width:100% }}
 .single .tok {{ border-style:dashed }} .tok.on {{ font-weight:700; border-color:var(--hue); border-width:2px }}
 .tok.lit, .tok:focus-visible {{ outline:2px solid var(--hue); outline-offset:1px }}
-svg {{ width:100%; height:22px; overflow:visible }} svg line {{ stroke:var(--hue); stroke-width:1.5 }}
+svg {{ width:0; min-width:100%; height:22px; overflow:visible }} svg line {{ stroke:var(--hue); stroke-width:1.5 }}
 .c0 {{ --hue:#0f7b8a }} .c1 {{ --hue:#3b7d23 }} .c2 {{ --hue:#a56a00 }} .c3 {{ --hue:#a03080 }} .c4 {{ --hue:#2f5fc4 }}
 .c5 {{ --hue:#b8392b }}
 #panel {{ position:fixed; inset:auto 0 0 0; background:var(--bg); border-top:1px solid var(--line); padding:.6rem 1rem;
@@ -237,6 +238,6 @@ function tell(token) {{
 for (const token of document.querySelectorAll('.tok'))
   for (const event of ['mouseenter', 'focus', 'click']) token.addEventListener(event, () => tell(token));
 addEventListener('resize', draw); draw(); if (document.fonts) document.fonts.ready.then(draw);
-if (location.hash && at(location.hash.slice(1))) tell(at(location.hash.slice(1)));
+const asked = at(location.hash.replace('#show-', '')); if (asked) tell(asked);
 </script></html>
 """
