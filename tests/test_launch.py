@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fusion.config import Run, Trainer, UserError
-from fusion.launch import compare_jobs, spawn_ranks, user_error
+from fusion.launch import compare_jobs, preflight, spawn_ranks, user_error
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +20,15 @@ def test_one_device_stays_in_this_process() -> None:
 def test_several_machines_need_a_launcher_and_are_told_which() -> None:
     with pytest.raises(UserError, match="torchrun --nnodes 2"):
         spawn_ranks(Run(trainer=Trainer(strategy="fsdp", devices="8", nodes=2)), False)
+
+
+def test_sweepers_that_would_split_the_ranks_are_refused() -> None:
+    fsdp = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    for plugin in ("hydra/sweeper=optuna", "hydra/launcher=joblib", "hydra/launcher=submitit_local"):
+        with pytest.raises(UserError, match=r"trainer\.strategy=single"):
+            preflight("train", ["-m", plugin, *fsdp, "seed=0,1"])
+        preflight("train", ["-m", plugin, "seed=0,1"])
+    preflight("train", ["-m", *fsdp, "seed=0,1"])
 
 
 def test_the_cause_of_an_error_may_be_the_users() -> None:

@@ -210,6 +210,20 @@ def test_a_sweep_has_a_run_a_folder_and_a_row_for_every_job(world: Run, tmp_path
         assert code == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", ["launcher=joblib", "launcher=submitit_local", "sweeper=optuna"])
+def test_other_launchers_and_sweepers_share_what_is_computed(world: Run, tmp_path: Path, plugin: str) -> None:
+    values = {"launcher=joblib": ["seed=0,1", "hydra.launcher.n_jobs=2"], "launcher=submitit_local": ["seed=0,1"]}
+    optuna = ["objective.lambda_clm=interval(0.5,0.9)", "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=minimize"]
+    arguments = ["-m", f"hydra/{plugin}", *overrides(world), *values.get(plugin, optuna)]
+    done = run("train.py", arguments, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = list((tmp_path / "multirun").glob("train/*/*/result.json"))
+    assert len(results) == 2
+    assert len({json.loads(path.read_text())["output"] for path in results}) == 2
+    assert len(list((Path(world.artifacts) / "source").glob("*/manifest.json"))) == 3, "the sources ran once"
+
+
 def read_wandb(path: Path) -> tuple[dict, dict, int]:
     """Config, last value of every metric, and exit code of an offline run, from the file that would be synced."""
     from wandb.proto import wandb_internal_pb2

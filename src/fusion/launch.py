@@ -125,7 +125,24 @@ def preflight(name: str, argv: list[str]) -> tuple[Any, bool] | None:
         raise UserError(f"--config-dir {args.config_dir}: no such folder")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         configs = [typed(compose(args.config_name or name, j + search)) for j in jobs]
+    if args.multirun:
+        refuse_ranks_in_sweep(configs[0], args.overrides)
     return configs[0], bool(args.multirun)
+
+
+def refuse_ranks_in_sweep(config: Any, overrides: list[str]) -> None:
+    """A sweep over ranks works with Hydra's own sweeper and launcher only.
+
+    Any other sweeper draws its trials in every rank by itself, so the ranks of one run would train with different
+    hyper-parameters; any other launcher starts one process a job.
+    """
+    trainer = getattr(config, "trainer", None)
+    plugins = [o for o in overrides if o.startswith(("hydra/sweeper=", "hydra/launcher=")) and not o.endswith("=basic")]
+    if plugins and trainer is not None and (trainer.strategy != "single" or world_size() > 1):
+        raise UserError(
+            f"{plugins[0]} cannot drive jobs of several processes: set trainer.strategy=single, or leave it out "
+            "(the jobs then run one after the other, each on all devices)"
+        )
 
 
 def compose(name: str, overrides: list[str]) -> DictConfig:
