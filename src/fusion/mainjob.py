@@ -4,12 +4,13 @@ import csv
 import json
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -91,7 +92,7 @@ def several(what: str, tasks: list[tuple], config: Run) -> None:
         return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
-        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(jobs, get_context("spawn"), initializer=end_with_parent) as pool,
         Progress(*columns, disable=not config.trainer.progress) as progress,
     ):
         bar = progress.add_task(what, total=len(tasks))
@@ -104,6 +105,16 @@ def several(what: str, tasks: list[tuple], config: Run) -> None:
             for process in list(pool._processes.values()):
                 process.kill()  # whatever they made so far is continued by the next run
             raise
+
+
+def end_with_parent() -> None:
+    """A killed main process leaves nobody behind who goes on computing."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def quietly(function: Callable, *arguments: Any) -> None:
