@@ -18,7 +18,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 
 from fusion.config import Merge, UserError
-from fusion.merging import merge, methods, run, statistics
+from fusion.merging import job, merge, methods, statistics
 from fusion.merging.verify import verify
 
 HERE = "fusion.merging.methods."
@@ -316,7 +316,7 @@ def test_a_failed_merge_leaves_nothing_and_continues_where_it_was(world: Path, m
 
     original = methods.ties
     failing.__kwdefaults__, failing.__module__, failing.__qualname__ = None, original.__module__, "ties"
-    monkeypatch.setattr(run, "options_of", lambda *_: (failing, {}))
+    monkeypatch.setattr(job, "options_of", lambda *_: (failing, {}))
     with pytest.raises(KeyboardInterrupt):
         merge(config(world, "ties", threads=1))
     assert not (world / "out").exists()

@@ -5,27 +5,25 @@ import importlib.metadata
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fusion.artifact import write_atomic
+from fusion.merging.job import Job
 from fusion.merging.streaming import CHUNK
 from fusion.merging.units import layer_of, unit_of
-
-if TYPE_CHECKING:
-    from fusion.merging.run import Job
 
 CSV, PICTURE, CARD = "merge_weights.csv", "merge_weights.png", "README.md"
 
 
-def names(job: "Job") -> list[str]:
+def names(job: Job) -> list[str]:
     """A short name a model: its folder's, made unique."""
     short = [Path(m.name.rstrip("/")).name or m.name for m in job.models]
     return [s if short.count(s) == 1 else f"{s} ({i})" for i, s in enumerate(short)]
 
 
-def plan(job: "Job") -> dict[str, Any]:
+def plan(job: Job) -> dict[str, Any]:
     """Bytes read and written, passes, memory, disk, and what keeps tensors from being merged."""
     output = Path(job.config.output).expanduser().absolute()
     there = next(p for p in [output, *output.parents] if p.exists())
@@ -47,7 +45,7 @@ def plan(job: "Job") -> dict[str, Any]:
     }
 
 
-def print_plan(job: "Job") -> None:
+def print_plan(job: Job) -> None:
     facts = plan(job)
     gb = 1e9
     print(f"{facts['method']}, granularity {facts['granularity']}: {facts['parameters']:,} parameters")
@@ -65,7 +63,7 @@ def print_plan(job: "Job") -> None:
         print("  the output folder is there already: its own result is kept, anything else needs overwrite=true")
 
 
-def write_weights(job: "Job", folder: Path, table: dict[str, dict[str, Any]]) -> None:
+def write_weights(job: Job, folder: Path, table: dict[str, dict[str, Any]]) -> None:
     """The effective weight of every (model, tensor): `merge_weights.csv`, and a picture where tensors differ."""
     rows = [(n, e["weights"]) for n, e in table.items() if e["weights"] is not None]
     with open(folder / CSV, "w", newline="") as file:
@@ -134,7 +132,7 @@ def short(name: str) -> str:
     return name if len(name) <= 24 else f"…{name[-23:]}"
 
 
-def write_card(job: "Job", folder: Path, table: dict[str, dict[str, Any]]) -> None:
+def write_card(job: Job, folder: Path, table: dict[str, dict[str, Any]]) -> None:
     """A model card: parents, method, and the mean weight of every model."""
     rows = [(job.pivot.entries[n].count, e["weights"]) for n, e in table.items() if e["weights"] is not None]
     means = np.average([w for _, w in rows], axis=0, weights=[max(1, c) for c, _ in rows]) if rows else []
@@ -161,7 +159,7 @@ The weight of every tensor is in `{CSV}`; inputs, checksums and settings are in 
 
 
 def manifest(
-    job: "Job", table: dict[str, dict[str, Any]], recipe: dict[str, Any], outputs: dict[str, Any]
+    job: Job, table: dict[str, dict[str, Any]], recipe: dict[str, Any], outputs: dict[str, Any]
 ) -> dict[str, Any]:
     versions = {p: importlib.metadata.version(p) for p in ("fusion", "numpy", "numba", "safetensors")}
     inputs = [

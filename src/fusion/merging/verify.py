@@ -12,7 +12,8 @@ import numpy as np
 from fusion.artifact import checksum
 from fusion.config import Merge, UserError
 from fusion.merging.files import Model, stored
-from fusion.merging.run import MANIFEST, Job, Streams, prepare, source_width
+from fusion.merging.job import Job, prepare
+from fusion.merging.run import MANIFEST, Streams, source_width
 from fusion.merging.streaming import CHUNK
 
 SAMPLE = 4  # chunks of a tensor that are merged again
