@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import pydoc_data.topics
 import warnings
 from collections import Counter
 
@@ -433,20 +434,19 @@ def test_lone_surrogates_are_tokens_like_others() -> None:
 
 @pytest.mark.slow
 def test_a_hundred_thousand_tokens(trained) -> None:
-    """Exact and in bounded memory: the band, not the grid, is held."""
+    """In bounded memory: the band, not the grid, is held."""
     import tracemalloc
 
-    rng = np.random.default_rng(0)
-    text = " ".join(rng.choice(TEXTS[0].split() + TEXTS[1].split(), 30_000))
+    text = "".join(pydoc_data.topics.topics.values())[:200_000]
     source, target = ids_of(trained["bytes"], text), ids_of(trained["sentencepiece"], text)
-    assert len(target) > 60_000
+    assert len(target) > 90_000
     tracemalloc.start()
     spans = Aligner(trained["bytes"], trained["sentencepiece"], Alignment(criterion="span")).positions(source, target)
     aligner = Aligner(trained["bytes"], trained["sentencepiece"], Alignment(criterion="em"))
     got = aligner.positions(source, target)
     assert tracemalloc.get_traced_memory()[1] < 500e6
     tracemalloc.stop()
-    assert (got >= 0).mean() > 0.3
+    assert (np.diff(got[got >= 0]) >= 0).all()
     assert (spans >= 0).mean() > (got >= 0).mean()
 
 

@@ -26,7 +26,7 @@ from fusion.alignment.edit import Strings, close_masks, distance, open_masks, pa
 log = logging.getLogger(__name__)
 
 BAND = 8  # tokens on each side of the diagonal, at first
-CELLS = 1 << 26  # of the widest band: three bytes each
+CELLS = 1 << 26  # a grid of at most so many cells is always solved exactly; a longer one within a band of 1/16 of it
 
 
 class TokenAlignment(NamedTuple):
@@ -53,8 +53,8 @@ def align_tokens(source: Sequence[str], target: Sequence[str]) -> TokenAlignment
 def warp(source: NDArray, target: NDArray, strings: Strings, *, band: int = BAND) -> tuple[int, NDArray[np.int32]]:
     """(total cost, path int32[P, 2] of (source, target) positions, ascending); the rows index `strings`.
 
-    Rows so long and so alike that the proof would need a band of more than `CELLS` cells keep the best path inside it;
-    a warning says so.
+    Exact for every grid of up to `CELLS` cells (8,192 × 8,192). Larger ones give up when a band of `CELLS` / 16 cells
+    proves nothing: the best path inside that band is returned, and a warning says so.
     """
     n, m = len(source), len(target)
     if not n or not m:
@@ -69,7 +69,7 @@ def warp(source: NDArray, target: NDArray, strings: Strings, *, band: int = BAND
         low, high = _band(s_length, t_length, band)
         starts = np.zeros(n + 1, np.int64)
         np.cumsum(high - low + 1, out=starts[1:])
-        last = starts[-1] == n * m or 4 * starts[-1] > CELLS
+        last = starts[-1] == n * m or (n * m > CELLS and starts[-1] > CELLS >> 4)
         costs = _distances(source, target, *strings, low, high, starts)
         total, path = _warp(
             source, target, s_length.astype(real), t_length.astype(real), low, high, starts, costs, False
