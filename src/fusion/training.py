@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch.distributed as distributed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -77,7 +78,8 @@ class Bar(RichProgressBar):
 
 def _strategy(config: Run) -> Strategy | str:
     if config.trainer.strategy == "fsdp":
-        return ModelParallelStrategy(data_parallel_size="auto", tensor_parallel_size=1)
+        ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+        return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
     if config.trainer.strategy == "ddp":
         return DDPStrategy(find_unused_parameters=False)
     return "auto"
