@@ -115,6 +115,8 @@ def tokenize(config: Run, target: LLM) -> Path:
 def _write_tokens(
     folder: Path, options: Corpus, tokenizer: PreTrainedTokenizerBase, width: int, shard_blocks: int
 ) -> dict[str, Any]:
+    for leftover in folder.glob(".*"):  # of a process that was killed while writing
+        leftover.unlink()
     skipped: Counter[str] = Counter()
     pending: dict[str, list[corpus.Block]] = {"train": [], "held_out": []}
     written, totals = Counter(), Counter()

@@ -101,15 +101,14 @@ def fill(
         missing = [name for name in order if not (partial / name).exists()]
         worked = False
         for name in missing:
-            try:
-                with FileLock(locks / name, timeout=0):
-                    if not (partial / name).exists() and not (folder / MANIFEST).exists():
-                        for leftover in partial.glob(f".{name}.*"):  # of a process that was killed while writing
-                            leftover.unlink(missing_ok=True)
-                        make(partial / name)
-                        worked = True
-            except Timeout:
-                continue
+            with suppress(Timeout), FileLock(locks / name, timeout=0):
+                if (folder / MANIFEST).exists():  # another process finished and took the partial folder with it
+                    break
+                if not (partial / name).exists():
+                    for leftover in partial.glob(f".{name}.*"):  # of a process that was killed while writing
+                        leftover.unlink(missing_ok=True)
+                    make(partial / name)
+                    worked = True
         if missing and not worked:
             time.sleep(0.05)
         if not missing:
@@ -184,8 +183,9 @@ def reopen_damaged(folder: Path) -> list[str]:
             print(f"{folder}: {', '.join(bad)} damaged (checksum differs), made again")
             for name in bad:
                 (folder / name).unlink(missing_ok=True)
-            (folder / MANIFEST).unlink()
-            os.replace(folder, folder.with_name(f"{folder.name}.partial"))
+            partial = folder.with_name(f"{folder.name}.partial")
+            os.replace(folder, partial)
+            (partial / MANIFEST).unlink()
     return bad
 
 
