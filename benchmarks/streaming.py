@@ -102,9 +102,7 @@ def main() -> None:
                 rates[name].append(measure(name, read, work, sum(len(g) for g in work) * length))
         best = {name: max(values[1:]) for name, values in rates.items()}
         own = best["fusion: ready batches"]
-        print(
-            f"{options.tokens:,} tokens, blocks of {length}, {SOURCES} sources, K = {K}, one thread, best of {options.rounds}"
-        )
+        print(f"{options.tokens:,} tokens, blocks of {length}, {SOURCES} sources, K = {K}, best of {options.rounds}")
         for name, rate in best.items():
             print(f"{name:40s} {rate:9.3f} M tokens/s   ours / this {own / rate:8.2f}")
 
