@@ -85,9 +85,8 @@ def main() -> None:
             times[name].append(time.perf_counter() - began)
     real, padded = sum(int(m.sum()) for _, m in made), sum(m.numel() for _, m in made)
     ratio = min(times["ours"]) / min(times["bare"])
-    print(
-        f"Llama {options.hidden}×{options.layers}, V = {options.vocabulary}, {real:,} tokens, padding {1 - real / padded:.1%}"
-    )
+    print(f"Llama {options.hidden}×{options.layers}, V = {options.vocabulary}, {real:,} tokens", end=", ")
+    print(f"padding {1 - real / padded:.1%}")
     for name in times:
         peak = subprocess.run(
             [sys.executable, *sys.argv, "--only", name], capture_output=True, text=True, check=True
