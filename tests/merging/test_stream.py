@@ -548,7 +548,7 @@ def test_a_sweep_over_the_granularities(world: Path) -> None:
     assert folders == [f"granularity={g}" for g in ("layer", "matrix", "model", "parameter")]
     assert (world / "sweep" / "results.md").exists()
     wrong = subprocess.run(
-        [*command[:2], *command[3:6], "output=x", "merge=tis"], capture_output=True, text=True, check=False, cwd=world
+        [*command[:2], *command[4:6], "output=x", "merge=tis"], capture_output=True, text=True, check=False, cwd=world
     )
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
