@@ -70,14 +70,6 @@ def test_batches_hold_what_the_stores_hold(world, done):
     assert sorted(seen) == list(range(data.blocks))
 
 
-def test_ids_beyond_32768_stay_what_they_are():
-    from fusion.data import _widened
-
-    for dtype in (np.uint16, np.uint32):
-        ids = np.array([0, 1, 32767, 32768, np.iinfo(dtype).max], dtype)
-        assert _widened(ids).tolist() == ids.tolist()
-
-
 def test_validation_sees_every_held_out_block_once(world, done):
     data = FusionData(world, done)
     batches = [batch for step in data.val_dataloader() for batch in step]

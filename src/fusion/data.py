@@ -69,8 +69,8 @@ class Blocks(Dataset):
         ce_SBT = np.full((len(self.distributions), b, t), np.nan, np.float16)
         ids_SBTK, logprobs_SBTK = [], []
         for store in self.distributions:
-            shape, dtype = (b, t, store.manifest["k"]), np.dtype(store.manifest["dtype"])
-            ids_SBTK.append(np.zeros(shape, dtype))
+            shape = (b, t, store.manifest["k"])
+            ids_SBTK.append(np.zeros(shape, np.int64))
             logprobs_SBTK.append(np.full(shape, -np.inf, np.float16))
         for row, block in enumerate(blocks):
             number = int(np.searchsorted(self.first, max(block, 0), "right")) - 1
@@ -91,15 +91,11 @@ class Blocks(Dataset):
                 ce_SBT[s, row, : n - 1] = columns["ce"][rows]
                 ce_SB[s, row] = columns["block_ce"][local]
                 store.read(ids.nbytes + logprobs.nbytes + 2 * n)
-        topks = [TopK(_widened(i), torch.from_numpy(p).float()) for i, p in zip(ids_SBTK, logprobs_SBTK, strict=True)]
+        topks = [
+            TopK(torch.from_numpy(i), torch.from_numpy(p).float()) for i, p in zip(ids_SBTK, logprobs_SBTK, strict=True)
+        ]
         ids, labels, sizes, numbers = (torch.from_numpy(x) for x in (ids_BT, labels_BT, sizes_B, np.array(blocks)))
         return Batch(ids, labels, numbers, topks, torch.from_numpy(ce_SB), torch.from_numpy(ce_SBT).float(), sizes)
-
-
-def _widened(ids: np.ndarray) -> Tensor:
-    """int64 from uint16 or uint32, by the signed type of the same width that torch converts fast."""
-    signed = torch.from_numpy(ids.view(f"i{ids.itemsize}")).long()
-    return signed.bitwise_and_(2 ** (8 * ids.itemsize) - 1)
 
 
 class Steps(Sampler):
