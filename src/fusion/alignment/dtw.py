@@ -82,7 +82,7 @@ def warp(source: NDArray, target: NDArray, strings: Strings, *, band: int = BAND
                 source, target, s_length.astype(real), t_length.astype(real), low, high, starts, costs, True
             )
             return int(total), path
-        band = 4 * band + 1
+        band = 2 * band + 8
 
 
 @njit(cache=True)
@@ -116,16 +116,14 @@ def _distances(source, target, codes, offsets, alphabet, low, high, starts):
     out = np.empty(starts[-1], np.uint16)
     masks, spare = np.zeros(alphabet, np.uint64), np.zeros(alphabet, np.uint64)
     for i in range(len(source)):
-        s = codes[offsets[source[i]] : offsets[source[i] + 1]]
-        open_masks(s, masks)
-        row = out[starts[i] : starts[i + 1]]
-        for k in range(len(row)):
-            j = low[i] + k
-            if source[i] == target[j]:
-                row[k] = 0
-            else:
-                row[k] = distance(s, codes[offsets[target[j]] : offsets[target[j] + 1]], masks, spare)
-        close_masks(s, masks)
+        s, s_end = offsets[source[i]], offsets[source[i] + 1]
+        open_masks(masks, codes, s, s_end)
+        for j in range(low[i], high[i] + 1):
+            found = 0
+            if source[i] != target[j]:
+                found = distance(codes, s, s_end, offsets[target[j]], offsets[target[j] + 1], masks, spare)
+            out[starts[i] + j - low[i]] = found
+        close_masks(masks, codes, s, s_end)
     return out
 
 

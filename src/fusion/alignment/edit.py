@@ -33,42 +33,57 @@ def pack(strings: Iterable[str | bytes]) -> Strings:
     return Strings(np.array(codes, np.int32), np.array(ends, np.int64), max(len(alphabet), 1))
 
 
-@njit(cache=True)
-def open_masks(s, masks):
-    """Let `masks` stand for the pattern `s`; every `open_masks` is undone by `close_masks`."""
-    if len(s) <= WORD:
-        for k in range(len(s)):
-            masks[s[k]] |= np.uint64(1) << np.uint64(k)
+# The loops below take (codes, begin, end), not slices: a slice costs more than a short token's distance.
+
+
+@njit(cache=True, inline="always")
+def open_masks(masks, codes, begin, end):
+    """Let `masks` stand for the pattern `codes[begin:end]`; `close_masks` undoes it."""
+    if end - begin <= WORD:
+        for k in range(begin, end):
+            masks[codes[k]] |= np.uint64(1) << np.uint64(k - begin)
+
+
+@njit(cache=True, inline="always")
+def close_masks(masks, codes, begin, end):
+    for k in range(begin, end):
+        masks[codes[k]] = np.uint64(0)
+
+
+@njit(cache=True, inline="always")
+def distance(codes, s, s_end, t, t_end, masks, spare):
+    """Levenshtein distance of two strings; `masks` is open for the first, `spare` are masks that are all zero."""
+    if 0 < s_end - s <= WORD and t_end > t:
+        return _myers(masks, s_end - s, codes, t, t_end)
+    return _other(codes, s, s_end, t, t_end, spare)
 
 
 @njit(cache=True)
-def close_masks(s, masks):
-    for k in range(len(s)):
-        masks[s[k]] = np.uint64(0)
-
-
-@njit(cache=True)
-def distance(s, t, masks, spare):
-    """Levenshtein distance of `s`, for which `masks` is open, and `t`. `spare`: masks that are all zero."""
-    if len(s) == 0 or len(t) == 0:
-        return max(len(s), len(t))
-    if len(s) <= WORD:
-        return _myers(masks, len(s), t)
-    if len(t) <= WORD:
-        open_masks(t, spare)
-        found = _myers(spare, len(t), s)
-        close_masks(t, spare)
+def _other(codes, s, s_end, t, t_end, spare):
+    if s == s_end or t == t_end:
+        return max(s_end - s, t_end - t)
+    if t_end - t <= WORD:
+        open_masks(spare, codes, t, t_end)
+        found = _myers(spare, t_end - t, codes, s, s_end)
+        close_masks(spare, codes, t, t_end)
         return found
-    return _plain(s, t)
+    row = np.arange(t_end - t + 1)
+    for a in range(s, s_end):
+        diagonal, row[0] = row[0], a - s + 1
+        for b in range(t_end - t):
+            above = row[b + 1]
+            row[b + 1] = min(min(above, row[b]) + 1, diagonal + (0 if codes[a] == codes[t + b] else 1))
+            diagonal = above
+    return row[-1]
 
 
-@njit(cache=True)
-def _myers(masks, length, t):
+@njit(cache=True, inline="always")
+def _myers(masks, length, codes, begin, end):
     one, zero = np.uint64(1), np.uint64(0)
     top = np.uint64(length - 1)
     plus, minus, score = ~zero, zero, length
-    for c in range(len(t)):
-        match = masks[t[c]]
+    for c in range(begin, end):
+        match = masks[codes[c]]
         across = (((match & plus) + plus) ^ plus) | match | minus
         up = minus | ~(across | plus)
         down = plus & across
@@ -77,18 +92,6 @@ def _myers(masks, length, t):
         plus = (down << one) | ~(across | up)
         minus = up & across
     return score
-
-
-@njit(cache=True)
-def _plain(s, t):
-    row = np.arange(len(t) + 1)
-    for a in range(len(s)):
-        diagonal, row[0] = row[0], a + 1
-        for b in range(len(t)):
-            above = row[b + 1]
-            row[b + 1] = min(min(above, row[b]) + 1, diagonal + (0 if s[a] == t[b] else 1))
-            diagonal = above
-    return row[len(t)]
 
 
 @njit(cache=True)
@@ -137,15 +140,15 @@ def _nearest(sources, candidates, order, buckets, marks, codes, offsets, alphabe
     masks, spare = np.zeros(alphabet, np.uint64), np.zeros(alphabet, np.uint64)
     marks_by_length = marks[candidates[order]]
     for n in range(len(sources)):
-        s = codes[offsets[sources[n]] : offsets[sources[n] + 1]]
-        mark = marks[sources[n]]
-        open_masks(s, masks)
+        s, s_end = offsets[sources[n]], offsets[sources[n] + 1]
+        size, mark = s_end - s, marks[sources[n]]
+        open_masks(masks, codes, s, s_end)
         best, at = 1 << 60, -1
-        for apart in range(max(longest, len(s)) + 1):
+        for apart in range(max(longest, size) + 1):
             if apart > best:
                 break
             for side in range(2 if apart else 1):
-                length = len(s) + apart if side == 0 else len(s) - apart
+                length = size + apart if side == 0 else size - apart
                 if length < 0 or length > longest:
                     continue
                 for k in range(buckets[length], buckets[length + 1]):
@@ -157,9 +160,9 @@ def _nearest(sources, candidates, order, buckets, marks, codes, offsets, alphabe
                     if least == best and place > at:
                         continue
                     c = candidates[place]
-                    found = distance(s, codes[offsets[c] : offsets[c + 1]], masks, spare)
+                    found = distance(codes, s, s_end, offsets[c], offsets[c + 1], masks, spare)
                     if found < best or (found == best and place < at):
                         best, at = found, place
-        close_masks(s, masks)
+        close_masks(masks, codes, s, s_end)
         out[n] = at
     return out
