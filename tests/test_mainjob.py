@@ -46,7 +46,7 @@ def test_every_row_is_there(world: Run, tmp_path: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert (tmp_path / "results" / "report.md").exists()
     assert list((tmp_path / "results").glob("*.png"))
-    assert set(results["won"]) == {"target", "neox", "piece"}
+    assert set(results["won"]["FuseLLM"]) == {"target", "neox", "piece"}
     begun = time.perf_counter()
     assert fuse(config) == figures
     assert time.perf_counter() - begun < 30

@@ -58,7 +58,10 @@ def main(name: str, stage: Callable[[Any], dict[str, Any]]) -> None:
         arguments = preflight(name, sys.argv[1:])
         if arguments is not None:
             spawn_ranks(*arguments)
-        hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")(lambda cfg: job(stage, cfg))()
+        failures: list[Exception] = []
+        hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")(lambda cfg: job(stage, cfg, failures))()
+        if failures:
+            raise failures[0]
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command continues where it stopped" if rank() == 0 else 130)
     except Exception as error:
@@ -70,8 +73,11 @@ def main(name: str, stage: Callable[[Any], dict[str, Any]]) -> None:
         sys.exit(2)
 
 
-def job(stage: Callable[[Any], dict[str, Any]], composed: DictConfig) -> float | None:
-    """One job: the typed config to the stage, its figures to `result.json`; the score goes back to a sweeper."""
+def job(stage: Callable[[Any], dict[str, Any]], composed: DictConfig, failures: list[Exception]) -> float | None:
+    """One job: the typed config to the stage, its figures to `result.json`; the score goes back to a sweeper.
+
+    A single job's error leaves by way of `failures`: Hydra would print a line of its own above ours.
+    """
     quiet()
     config = typed(composed)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -79,10 +85,16 @@ def job(stage: Callable[[Any], dict[str, Any]], composed: DictConfig) -> float |
         import torch
 
         torch.set_num_threads(threads)
-    with process_group(), wandb_run(config, composed, folder):
-        figures = stage(config)
-        if rank() == 0:
-            (folder / RESULT).write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    try:
+        with process_group(), wandb_run(config, composed, folder):
+            figures = stage(config)
+            if rank() == 0:
+                (folder / RESULT).write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    except Exception as error:
+        if HydraConfig.get().mode.name == "MULTIRUN":
+            raise
+        failures.append(error)
+        return None
     return figures.get("score")
 
 
@@ -175,7 +187,7 @@ def explain(error: BaseException | None, name: str) -> str:
         known = loader.get_group_options(group) if group else list(SCHEMAS)
         return f"unknown option {group}={option}{nearest(option, known)}"
     if found := re.search(r"Key '(.+?)' (?:is )?not in '?(\w+)", text):
-        wrong = override or full or found[1]
+        wrong = next((name for name in (override, full) if name.endswith(found[1])), found[1])
         prefix = wrong.rpartition(".")[0]
         owner = getattr(schema, found[2], None)
         known = [f.name for f in dataclasses.fields(owner)] if owner else children(name, prefix)
