@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from fusion.artifact import checksum
 from fusion.config import LLM, UserError
+
+# Progress is ours to show, and transformers' advice on padding is not for us: ours stands on the right.
+logging.disable_progress_bar()
+logging.set_verbosity_error()
 
 
 def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:

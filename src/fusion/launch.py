@@ -63,7 +63,9 @@ def main(name: str, stage: Callable[[Any], dict[str, Any]]) -> None:
         if failures:
             raise failures[0]
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command continues where it stopped" if rank() == 0 else 130)
+        if rank() == 0:
+            print("interrupted: the same command continues where it stopped", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         mistake = user_error(error)
         if mistake is None:
@@ -100,10 +102,6 @@ def job(stage: Callable[[Any], dict[str, Any]], composed: DictConfig, failures: 
 
 def quiet() -> None:
     """Libraries speak when something is wrong; progress and results are ours to show."""
-    if "transformers" in sys.modules:  # merging needs neither it nor torch, and starts three seconds earlier
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
