@@ -1,6 +1,7 @@
 """fuse.py: every arm of the comparison trained, merged, measured, and told in one report."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
@@ -118,13 +120,14 @@ def end_with_parent() -> None:
 
 
 def quietly(function: Callable, *arguments: Any) -> None:
-    """A task in a process of its own: one thread, no bars."""
+    """A task in a process of its own: one thread, nothing shown."""
     import torch
 
     quiet()
     torch.set_num_threads(1)
     *first, config = arguments
-    function(*first, replace(config, trainer=replace(config.trainer, threads=1, progress=False), logger=Logger()))
+    with redirect_stdout(io.StringIO()):
+        function(*first, replace(config, trainer=replace(config.trainer, threads=1, progress=False), logger=Logger()))
 
 
 def merged(config: Run, rows: list[Row]) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ def precompute(config: Run, target: Path | str, sources: dict[str, Path | str]) 
     for name, llm in models.items():
         raw = externalize(config, name, llm, tokens)
         distributions[name] = raw if name == "target" else align(config, name, llm, pivot, tokens, raw)
-        _report(config, name, distributions[name])
+        _report(name, distributions[name])
     return Precomputed(tokens, distributions)
 
 
@@ -662,7 +662,9 @@ def _progress(config: Run, name: str, what: str, tokens: int) -> Iterator[Callab
         yield advance
 
 
-def _report(config: Run, name: str, folder: Path) -> None:
+@cache
+def _report(name: str, folder: Path) -> None:
+    """What came out, said once a process."""
     facts = read_manifest(folder)
     figures = {k: facts[k] for k in ("coverage", "cross_entropy", "kept_mass") if k in facts}
     _log({f"precompute/{name}/{k}": v for k, v in figures.items()})
