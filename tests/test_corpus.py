@@ -164,10 +164,10 @@ def test_replies_and_their_end_of_turn_count(tmp_path, tokenizer):
 def test_long_dialogues_are_split_at_turn_borders(tmp_path, tokenizer):
     tokenizer.chat_template = CHATML
     turns = said(*(f"{'word ' * (5 + i)}{i}" for i in range(20)), "x " * 400, "y")
-    made, skipped = blocks(chat(tmp_path, turns, block_size=150), tokenizer)
+    made, skipped = blocks(chat(tmp_path, turns, block_size=300), tokenizer)
     texts = [b.text for _, b in made]
     assert len(texts) > 3
-    assert all(len(b.ids) <= 150 for _, b in made)
+    assert all(len(b.ids) <= 300 for _, b in made)
     whole = tokenizer.apply_chat_template(
         [{"role": ["user", "assistant"][i % 2], "content": t["value"]} for i, t in enumerate(turns[:20])],
         tokenize=False,
