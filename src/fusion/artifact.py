@@ -7,14 +7,44 @@ later process continues; the rename is the commit. A lock makes a second process
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 MANIFEST = "manifest.json"
+
+
+class Missing(LookupError):
+    """An artifact that is not there yet, said instead of building it inside `searching`."""
+
+
+_SEARCHING = ContextVar("searching", default=False)
+
+
+@contextmanager
+def searching() -> Iterator[None]:
+    """Inside, an artifact is found or `Missing` is raised; nothing is built."""
+    token = _SEARCHING.set(True)
+    try:
+        yield
+    finally:
+        _SEARCHING.reset(token)
+
+
+def must_build(folder: Path) -> bool:
+    """Whether `folder` is not there yet.
+
+    Raises:
+        Missing: it is not there, inside `searching`.
+    """
+    there = (folder / MANIFEST).exists()
+    if not there and _SEARCHING.get():
+        raise Missing(folder)
+    return not there
 
 
 def fingerprint(recipe: Any) -> str:
@@ -62,6 +92,7 @@ def artifact(
     folder = Path(root) / kind / fingerprint(recipe)
     together = together and distributed.is_available() and distributed.is_initialized()
     leads = not together or distributed.get_rank() == 0
+    must_build(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock") if leads else nullcontext():
         there = [(folder / MANIFEST).exists()]

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fusion.artifact import MANIFEST, fingerprint, read_manifest, write_atomic, write_json
+from fusion.artifact import MANIFEST, Missing, fingerprint, read_manifest, searching, write_atomic, write_json
 from fusion.config import Evaluate, Logger, Merge, Run, UserError
 from fusion.launch import quiet
 from fusion.stages import distributions, grown, refuse_foreign, resolve, train_target
@@ -88,6 +88,7 @@ def several(what: str, tasks: list[tuple], config: Run) -> None:
     The caller finds the results in the cache. On a CPU one thread a process is the fast way to use the cores; devices
     other than a CPU, and several ranks, do one task after the other.
     """
+    tasks = [task for task in tasks if not found(*task)]
     alone = config.trainer.strategy == "single" and config.trainer.accelerator == "cpu"
     jobs = min(config.jobs or (os.cpu_count() or 1 if alone else 1), len(tasks))
     if jobs < 2:
@@ -107,6 +108,16 @@ def several(what: str, tasks: list[tuple], config: Run) -> None:
             for process in list(pool._processes.values()):
                 process.kill()  # whatever they made so far is continued by the next run
             raise
+
+
+def found(function: Callable, *arguments: Any) -> bool:
+    """Whether everything that a task would compute is there already."""
+    try:
+        with searching():
+            function(*arguments)
+    except Missing:
+        return False
+    return True
 
 
 def end_with_parent() -> None:

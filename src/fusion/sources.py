@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from fusion import corpus
-from fusion.artifact import MANIFEST, artifact, fingerprint, read_manifest
+from fusion.artifact import artifact, fingerprint, must_build, read_manifest
 from fusion.checkpoint import fingerprint as weights_of
 from fusion.checkpoint import load_config, load_model, load_tokenizer
 from fusion.config import LLM, Corpus, Externalize, Run, UserError
@@ -546,7 +546,7 @@ class _Alignment:
 
     def done(self) -> bool:
         reopen_damaged(folder := Path(self.config.artifacts) / self.kind / fingerprint(self.recipe))
-        return (folder / MANIFEST).exists()
+        return not must_build(folder)
 
     def help(self, helper: int, helpers: int) -> None:
         """A helper process; what goes wrong here goes wrong in the main process too, which reports it."""

@@ -37,7 +37,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from fusion.artifact import MANIFEST, checksum, fingerprint, read_manifest, write_atomic, write_json
+from fusion.artifact import MANIFEST, checksum, fingerprint, must_build, read_manifest, write_atomic, write_json
 from fusion.config import UserError
 
 STAMPS = ".verified"
@@ -94,6 +94,7 @@ def fill(
     partial, locks = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("partial", "locks"))
     locks.parent.mkdir(parents=True, exist_ok=True)
     reopen_damaged(folder)
+    must_build(folder)
     order = shards[first % max(1, len(shards)) :] + shards[: first % max(1, len(shards))]
     while not (folder / MANIFEST).exists():
         partial.mkdir(exist_ok=True)
