@@ -10,7 +10,7 @@ fuse: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m ruff check --quiet . && $(RUN) -m ruff format --check --quiet .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadscope
 
 benchmarks: $(VENV)/installed
 	for script in benchmarks/*.py; do $(RUN) $$script || exit 1; done
