@@ -94,12 +94,12 @@ def main() -> None:
     ratio = min(times["ours"]) / min(times["bare"])
     print(f"Llama {options.hidden}×{options.layers}, V = {options.vocabulary}, {real:,} tokens", end=", ")
     print(f"padding {1 - real / padded:.1%}")
+    print(f"time of ours / bare forward: {ratio:.3f}", flush=True)
     for name in times:
         most = subprocess.run(
             [sys.executable, *sys.argv, "--only", name], capture_output=True, text=True, check=True
         ).stdout
         print(f"{name}: {real / min(times[name]):,.0f} tokens/s, peak {float(most):,.0f} MB above the model")
-    print(f"time of ours / bare forward: {ratio:.3f}")
 
 
 if __name__ == "__main__":
