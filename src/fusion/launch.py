@@ -125,7 +125,10 @@ def preflight(name: str, argv: list[str]) -> tuple[Any, bool] | None:
     idle = ("help", "hydra_help", "cfg", "info", "shell_completion", "version")
     if any(getattr(args, flag, None) for flag in idle):
         return None
-    overrides = OverridesParser.create().parse_overrides(args.overrides)
+    try:
+        overrides = OverridesParser.create().parse_overrides(args.overrides)
+    except HydraException as error:
+        raise UserError(f"not KEY=VALUE: {explain(error, name)}") from error
     jobs = [args.overrides]
     if args.multirun:
         plain = [o for o in overrides if not o.is_sweep_override() or o.is_choice_sweep() or o.is_range_sweep()]
@@ -161,12 +164,17 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
         composed = hydra.compose(name, overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, name)) from error
-    chosen = composed.hydra.runtime.choices.get("sources") or []
     with open_dict(composed):
         del composed["hydra"]
-    for option in chosen if not any(o.startswith("~sources") for o in overrides) else []:
-        if option not in composed.sources:  # two files that define one name would silently become one source
-            raise UserError(f"sources/{option}.yaml must define the key {option!r}: one file, one source, one name")
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    chosen = next(
+        (o.value() for o in reversed(parsed) if o.key_or_group == "sources" and isinstance(o.value(), list)), []
+    )
+    for option in chosen if not any(o.is_delete() for o in parsed) else []:
+        if str(option) not in composed.sources:  # two files that define one name would silently become one source
+            raise UserError(
+                f"sources/{option}.yaml must define the key {str(option)!r}: one file, one source, one name"
+            )
     return composed
 
 
