@@ -176,15 +176,9 @@ def maps() -> None:
 
 
 def coverage(folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     domains = {"prose": "books_en", "code": "code", "mathematics": "math_en", "non-English": "other"}
     criteria = ("em", "mined", "ms", "span")
     lines = ["| target ← source | text | EM | MinED | MS | span |", "|---|---|---|---|---|---|"]
-    values: dict = {}
     with tempfile.TemporaryDirectory() as cache:
         for a, b in PAIRS:
             source, target = tokenizer(a), tokenizer(b)
@@ -206,20 +200,32 @@ def coverage(folder: Path) -> None:
                     )
                     found = np.concatenate([aligner.positions(*row) >= 0 for row in rows])
                     shares.append(100 * found.mean())
-                values[a, b, name] = shares
                 lines.append(f"| {b} ← {a} | {name} | " + " | ".join(f"{v:.1f}" for v in shares) + " |")
                 print(lines[-1], flush=True)
     (folder / "coverage.md").write_text("\n".join(lines) + "\n")
+    plot(folder)
+
+
+def plot(folder: Path) -> None:
+    """coverage.png from coverage.md."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = (folder / "coverage.md").read_text().splitlines()[2:]
+    rows = [[c.strip() for c in line.strip("| ").split("|")] for line in table]
+    pairs, domains = (list(dict.fromkeys(row[n] for row in rows)) for n in (0, 1))
+    colours = {"EM": "#8c96c6", "MinED": "#41b6c4", "MS": "#fdae61", "span": "#1a5276"}
     figure, axes = plt.subplots(1, len(domains), figsize=(12, 4.2), sharey=True, layout="constrained")
-    for axis, name in zip(axes, domains, strict=True):
-        for n, (criterion, colour) in enumerate(
-            zip(criteria, ("#8c96c6", "#41b6c4", "#fdae61", "#1a5276"), strict=True)
-        ):
-            height = [values[a, b, name][n] for a, b in PAIRS]
-            axis.barh(np.arange(len(PAIRS)) + 0.2 * (1.5 - n), height, 0.19, color=colour, label=criterion)
-        axis.set(title=name, xlim=(0, 100), xlabel="% of target positions")
-        axis.set_yticks(range(len(PAIRS)), [f"{b} ← {a}" for a, b in PAIRS])
-    axes[0].legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncol=4, frameon=False)
+    for axis, domain in zip(axes, domains, strict=True):
+        for n, (criterion, colour) in enumerate(colours.items()):
+            shares = {row[0]: float(row[2 + n]) for row in rows if row[1] == domain}
+            places = np.arange(len(pairs)) + 0.2 * (1.5 - n)
+            axis.barh(places, [shares[p] for p in pairs], 0.19, color=colour, label=criterion)
+        axis.set(title=domain, xlim=(0, 100), xlabel="% of target positions")
+        axis.set_yticks(range(len(pairs)), pairs)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=4, frameon=False)
     figure.savefig(folder / "coverage.png", dpi=110)
 
 

@@ -26,7 +26,8 @@ from fusion.alignment.edit import Strings, close_masks, distance, open_masks, pa
 log = logging.getLogger(__name__)
 
 BAND = 8  # tokens on each side of the diagonal, at first
-CELLS = 1 << 26  # a grid of at most so many cells is always solved exactly; a longer one within a band of 1/16 of it
+CELLS = 1 << 26  # a grid of at most so many is always solved exactly; a larger one if a band of 1/16 of it is enough
+PROVABLE = 1 << 30  # cells of the largest grid of which a proof is tried: half a second
 
 
 class TokenAlignment(NamedTuple):
@@ -53,8 +54,8 @@ def align_tokens(source: Sequence[str], target: Sequence[str]) -> TokenAlignment
 def warp(source: NDArray, target: NDArray, strings: Strings, *, band: int = BAND) -> tuple[int, NDArray[np.int32]]:
     """(total cost, path int32[P, 2] of (source, target) positions, ascending); the rows index `strings`.
 
-    Exact for every grid of up to `CELLS` cells (8,192 × 8,192). Larger ones give up when a band of `CELLS` / 16 cells
-    proves nothing: the best path inside that band is returned, and a warning says so.
+    Exact for every grid of up to `CELLS` cells (8,192 × 8,192), and up to `PROVABLE` (32,768 × 32,768) unless a band
+    of `CELLS` / 16 cells proves nothing. Otherwise the best path inside a band is returned, and a warning says so.
     """
     n, m = len(source), len(target)
     if not n or not m:
@@ -65,24 +66,21 @@ def warp(source: NDArray, target: NDArray, strings: Strings, *, band: int = BAND
     # every cell costs at most the longer string, a path has at most n + m cells: float32 counts exactly to 2^24
     most = (n + m) * int(max(s_length.max(), t_length.max()))
     real = np.float32 if most < 1 << 24 else np.float64
+    s_real, t_real = s_length.astype(real), t_length.astype(real)
+    inside = n * m > PROVABLE
+    band = max(band, 64) if inside else band
     while True:
         low, high = _band(s_length, t_length, band)
         starts = np.zeros(n + 1, np.int64)
         np.cumsum(high - low + 1, out=starts[1:])
-        last = starts[-1] == n * m or (n * m > CELLS and starts[-1] > CELLS >> 4)
         costs = _distances(source, target, *strings, low, high, starts)
-        total, path = _warp(
-            source, target, s_length.astype(real), t_length.astype(real), low, high, starts, costs, False
-        )
+        total, path = _warp(source, target, s_real, t_real, low, high, starts, costs, inside)
+        if inside:
+            log.warning("%d × %d tokens: the path is the best within %d cells, not proven the best", n, m, starts[-1])
         if len(path):
             return int(total), path
-        if last:
-            log.warning("%d × %d tokens: the path is the best within %d cells, not proven the best", n, m, starts[-1])
-            total, path = _warp(
-                source, target, s_length.astype(real), t_length.astype(real), low, high, starts, costs, True
-            )
-            return int(total), path
-        band = 2 * band + 8
+        inside = n * m > CELLS and starts[-1] > CELLS >> 4
+        band = band if inside else 2 * band + 8
 
 
 @njit(cache=True)
