@@ -73,6 +73,8 @@ def architecture(grow: Grow, vocabulary: int) -> Any:
         "eos_token_id": 1,
         "pad_token_id": 1,
     }
+    if grow.architecture == "mistral":
+        common["num_key_value_heads"] = grow.heads
     if grow.architecture == "gpt2":
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
