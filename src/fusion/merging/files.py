@@ -101,12 +101,13 @@ class Model:
         """
         entry, values = self.entries[name], self.raw(name, start, stop)
         if entry.dtype == "BF16":
-            widen_bfloat16(values, out_n.view(np.uint32))
+            sound = widen_bfloat16(values, out_n.view(np.uint32))
         else:
             out_n[:] = values
+            sound = finite(out_n.view(np.uint32))
+        if not sound:
+            raise UserError(f"{self.path / entry.file}: tensor {name} holds an infinity or NaN: repair the model")
         if not (chunk := self.chunks[name])[start // CHUNK]:
-            if not finite(out_n.view(np.uint32)):
-                raise UserError(f"{self.path / entry.file}: tensor {name} holds an infinity or NaN: repair the model")
             chunk[start // CHUNK] = xxhash.xxh3_128_digest(values)
 
     def forget(self, name: str) -> None:

@@ -38,10 +38,14 @@ def by_device(tensor_form: Callable, exact: bool = False) -> Callable:
 
 
 @numba.njit(nogil=True, cache=True)
-def widen_bfloat16(bits_n: np.ndarray, out_n: np.ndarray) -> None:
-    """bfloat16 is the upper half of a float32. `out_n` is a uint32 view of float32 storage."""
+def widen_bfloat16(bits_n: np.ndarray, out_n: np.ndarray) -> bool:
+    """bfloat16 is the upper half of a float32. `out_n` is a uint32 view of float32 storage. True: all are finite."""
+    highest = np.uint32(0)
     for i in range(bits_n.size):
-        out_n[i] = np.uint32(bits_n[i]) << np.uint32(16)
+        wide = np.uint32(bits_n[i]) << np.uint32(16)
+        out_n[i] = wide
+        highest = max(highest, wide & np.uint32(0x7FFFFFFF))
+    return highest < np.uint32(0x7F800000)
 
 
 @numba.njit(nogil=True, cache=True)
