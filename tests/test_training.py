@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,18 +228,29 @@ def test_other_launchers_and_sweepers_share_what_is_computed(world: Run, tmp_pat
 def read_wandb(path: Path) -> tuple[dict, dict, int]:
     """Config, last value of every metric, and exit code of an offline run, from the file that would be synced."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, config, summary, code = DataStore(), {}, {}, -1
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
+    config, summary, code = {}, {}, -1
+    for data in logged(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         for update in record.run.config.update:
             config[update.key] = json.loads(update.value_json)
         for item in record.history.item:
-            name = item.key or "/".join(item.nested_key)
-            summary[name] = json.loads(item.value_json)
+            summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
         if record.HasField("exit"):
             code = record.exit.exit_code
     return config, summary, code
+
+
+def logged(raw: bytes) -> Iterator[bytes]:
+    """Records of a log in LevelDB's format: pieces of at most one 32 KB block, each after crc, length and kind."""
+    at, record = 7, b""
+    while at + 7 <= len(raw):
+        if 32768 - at % 32768 < 7:  # what is left of a block cannot hold a header
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        record = (b"" if kind in (1, 2) else record) + raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield record
