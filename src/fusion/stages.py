@@ -37,8 +37,11 @@ def train(config: Run) -> dict[str, Any]:
         refuse_foreign(Path(config.output))
     folder = train_target(resolve(config))
     figures = read_manifest(folder)["figures"]
-    output = _publish(folder, Path(config.output)) if config.output else folder
-    print(f"the trained model: {output}")
+    output = Path(config.output) if config.output else folder
+    if _rank() == 0:  # ranks that published side by side would replace each other's folder
+        if config.output:
+            _publish(folder, output)
+        print(f"the trained model: {output}")
     return figures | {"output": str(output)}
 
 
@@ -151,11 +154,11 @@ def refuse_foreign(output: Path) -> None:
         raise UserError(f"output={output} holds something else: name an empty or a new folder")
 
 
-def _publish(folder: Path, output: Path) -> Path:
+def _publish(folder: Path, output: Path) -> None:
     """`folder` under the name the user gave: hard links where the disk allows, else copies; replaced as a whole."""
     refuse_foreign(output)
     if output.exists() and read_manifest(output)["recipe"] == read_manifest(folder)["recipe"]:
-        return output
+        return
     beside = output.with_name(f"{output.name}.{os.getpid()}")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -166,4 +169,3 @@ def _publish(folder: Path, output: Path) -> Path:
     if output.exists():
         shutil.rmtree(output)
     os.replace(beside, output)
-    return output

@@ -557,4 +557,5 @@ def test_a_sweep_over_the_granularities(world: Path) -> None:
     wrong = subprocess.run(missing, capture_output=True, text=True, check=False, cwd=world)
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 1
     assert wrong.stderr.splitlines()[-1].endswith("gone: no such folder")
